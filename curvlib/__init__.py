@@ -1,0 +1,42 @@
+"""curvlib: a modular curvature engine for PyTorch.
+
+A network's parameters fall into blocks. For every block the engine takes the per-sample Jacobian in its cheapest exact
+form (`factors`, `layers`, `fisher`), a solver turns it into a damped inverse curvature (`solvers`), and a composer
+assembles Fisher, solver, damping, refresh and transforms into a `torch.optim.Optimizer` (`precond`).
+"""
+
+from curvlib import arrays, factors, fisher, layers, precond, solvers
+from curvlib.capture import collect
+from curvlib.errors import (
+    CaptureError,
+    ConfigurationError,
+    CurvatureError,
+    CurvatureWarning,
+    DataError,
+    NotPositiveDefiniteError,
+    UncoveredParameterError,
+)
+from curvlib.factors import Factors
+from curvlib.fisher import Bernoulli, Categorical, Empirical, Exact, Gaussian, Likelihood, Sampled
+from curvlib.precond import Constant, Every, KLClip, Momentum, NaturalGradient, TENGraD, Transform, WeightDecay, compose
+from curvlib.solvers import Solver, Woodbury
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: RUF022  # grouped by seam, in the order in which a gradient meets them
+    # rooms
+    "arrays", "factors", "layers", "fisher", "solvers", "precond",
+    # compose an optimizer
+    "compose", "NaturalGradient", "TENGraD",
+    # which curvature
+    "Sampled", "Empirical", "Exact", "Likelihood", "Categorical", "Gaussian", "Bernoulli",
+    # how it is inverted
+    "Solver", "Woodbury",
+    # when, how much, and what happens to the step
+    "Every", "Constant", "KLClip", "Momentum", "WeightDecay", "Transform",
+    # without an optimizer
+    "collect", "Factors",
+    # errors
+    "CurvatureError", "ConfigurationError", "UncoveredParameterError", "CaptureError", "NotPositiveDefiniteError",
+    "DataError", "CurvatureWarning",
+]  # fmt: skip

@@ -1,0 +1,25 @@
+"""One array namespace over torch, CuPy and NumPy, and the few kernels that curvature needs beyond it."""
+
+from curvlib.arrays.linalg import add_diagonal, cholesky, cholesky_solve, is_finite, trace, widen
+from curvlib.arrays.namespace import Array, Vector, contract, device, dot, namespace, nbytes
+from curvlib.arrays.state import map_arrays, pack, record, unpack
+
+__all__ = [
+    "Array",
+    "Vector",
+    "add_diagonal",
+    "cholesky",
+    "cholesky_solve",
+    "contract",
+    "device",
+    "dot",
+    "is_finite",
+    "map_arrays",
+    "namespace",
+    "nbytes",
+    "pack",
+    "record",
+    "trace",
+    "unpack",
+    "widen",
+]

@@ -1,0 +1,98 @@
+"""State as data: frozen dataclasses of arrays, packed into plain containers for checkpoints and back.
+
+Packed state holds dictionaries, lists, numbers, strings and arrays alone, so `torch.load(weights_only=True)` reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import array_api_compat
+
+from curvlib.arrays.namespace import Array
+from curvlib.errors import CurvatureError
+
+__all__ = ["map_arrays", "pack", "record", "unpack"]
+
+_KIND = "__kind__"
+_RECORDS: dict[str, type] = {}
+T = TypeVar("T")
+
+
+def record(cls: type[T]) -> type[T]:
+    """Class decorator: a dataclass that `pack` and `unpack` know by its qualified name."""
+    _RECORDS[_name(cls)] = cls
+    return cls
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def pack(value: Any) -> Any:
+    """Turn `value` (records, mappings, sequences, arrays, plain values) into plain containers.
+
+    Raises
+    ------
+    CurvatureError
+        If a value inside is of a type that has no packed form.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if array_api_compat.is_array_api_obj(value):
+        return value
+    if isinstance(value, Mapping):
+        return {key: pack(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [pack(item) for item in value]
+    if _name(type(value)) in _RECORDS:
+        fields = {field.name: pack(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {_KIND: _name(type(value)), **fields}
+    raise CurvatureError(
+        f"state of type {type(value).__name__} cannot be saved: make it a dataclass and decorate it with "
+        "curvlib.arrays.record"
+    )
+
+
+def unpack(value: Any) -> Any:
+    """Rebuild what `pack` made.
+
+    Raises
+    ------
+    CurvatureError
+        If a record's kind is unknown or its fields do not fit.
+    """
+    if isinstance(value, Mapping):
+        fields = {key: unpack(item) for key, item in value.items() if key != _KIND}
+        if _KIND not in value:
+            return fields
+        kind = value[_KIND]
+        if kind not in _RECORDS:
+            raise CurvatureError(
+                f"the saved state has the kind {kind!r}, which is unknown here: import what defines it"
+            )
+        try:
+            return _RECORDS[kind](**fields)
+        except TypeError as error:
+            raise CurvatureError(
+                f"the saved state of kind {kind} does not fit this version of curvlib: {error}"
+            ) from error
+    if isinstance(value, list):
+        return tuple(unpack(item) for item in value)
+    return value
+
+
+def map_arrays(function: Callable[[Array], Array], value: Any) -> Any:
+    """Return `value` with `function` applied to every array inside."""
+    if array_api_compat.is_array_api_obj(value):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_arrays(function, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map_arrays(function, item) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: map_arrays(function, getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return type(value)(**fields)
+    return value

@@ -1,0 +1,188 @@
+"""What every kind of Factors offers: one required method, everything else derived from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING
+
+from typing_extensions import Self
+
+from curvlib.arrays import Array, Vector, map_arrays, nbytes, record
+from curvlib.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from curvlib.factors.dense import Dense
+
+__all__ = ["Factors", "KroneckerPair"]
+
+
+@record
+@dataclass(frozen=True, eq=False)
+class KroneckerPair:
+    """Kronecker factors of JᵀJ: ``JᵀJ ≈ A ⊗ G`` with A over inputs and G over output cotangents.
+
+    Parameters
+    ----------
+    inputs
+        A, shape ``(groups, d, d)``: mean of a aᵀ over the input rows; d counts the implicit 1 of a bias (last).
+    cotangents
+        G, shape ``(groups, d_out, d_out)``: sum of g gᵀ over all rows; divide by `Factors.normalizer` for the Fisher.
+    """
+
+    inputs: Array
+    cotangents: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Factors(ABC):
+    """Rows of one block's Jacobian J, shape ``(rows, parameters)``, in a structured form.
+
+    A row belongs to one sample and one output cotangent; rows are ordered sample-major, ``(sample, column)``. The
+    curvature of the block is ``JᵀJ / normalizer``; nothing else rescales.
+
+    A new kind implements `dense` alone. Every other method has a correct default derived from it, to be overridden
+    where the structure allows something faster. Subclasses are frozen dataclasses.
+
+    Parameters
+    ----------
+    samples
+        Number of observations that the rows stand for; None means one row each.
+    """
+
+    samples: int | None = field(default=None, kw_only=True)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        record(cls)
+
+    # -- required -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def dense(self) -> Dense:
+        """Return the explicit rows: for each parameter an array of shape ``(rows, *parameter shape)``."""
+
+    # -- shape --------------------------------------------------------------------------------------------------------
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter of the block, in order."""
+        return self.dense().shapes
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.dense())
+
+    @property
+    def size(self) -> int:
+        """Number of parameters (columns of J)."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @property
+    def normalizer(self) -> int:
+        """What JᵀJ is divided by to give the curvature."""
+        return len(self) if self.samples is None else self.samples
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays held."""
+        total = 0
+
+        def count(array: Array) -> Array:
+            nonlocal total
+            total += nbytes(array)
+            return array
+
+        map_arrays(count, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        return total
+
+    def row_weights(self, value: float) -> Array:
+        """Row weights that are all `value`, shape ``(rows,)``, of the factors' library, dtype and device."""
+        return self.dense().row_weights(value)
+
+    # -- algebra ------------------------------------------------------------------------------------------------------
+
+    def gram(self) -> Array:
+        """J Jᵀ, shape ``(rows, rows)``."""
+        return self.dense().gram()
+
+    def cross_gram(self, other: Factors) -> Array:
+        """J Oᵀ for other Factors O of the same block, shape ``(rows, other rows)``."""
+        return self.dense().cross_gram(other)
+
+    def matvec(self, vector: Vector) -> Array:
+        """J v, shape ``(rows,)``, for a block vector v."""
+        return self.dense().matvec(vector)
+
+    def rmatvec(self, weights: Array) -> dict[str, Array]:
+        """Jᵀ w, a block vector, for row weights w of shape ``(rows,)``."""
+        return self.dense().rmatvec(weights)
+
+    def covariance(self) -> Array:
+        """JᵀJ, shape ``(parameters, parameters)``, parameters flattened in order."""
+        return self.dense().covariance()
+
+    def diagonal(self) -> dict[str, Array]:
+        """Diagonal of JᵀJ as a block vector."""
+        return self.dense().diagonal()
+
+    def kronecker(self) -> KroneckerPair:
+        """Kronecker factors of JᵀJ.
+
+        Raises
+        ------
+        ConfigurationError
+            If rows of this kind are no products of inputs and cotangents.
+        """
+        raise ConfigurationError(
+            f"{type(self).__name__} factors of parameters {list(self.shapes)} have no Kronecker form: "
+            "use Woodbury, Dense or Diagonal for this block"
+        )
+
+    # -- new Factors from old -----------------------------------------------------------------------------------------
+
+    def rows(self, index: Array) -> Factors:
+        """Rows at the integer positions `index`, as Factors that stand for as many observations."""
+        return self.dense().rows(index)
+
+    def scaled(self, scale: Array | float) -> Factors:
+        """Rows multiplied by a number or by one weight a row, shape ``(rows,)``."""
+        return self.dense().scaled(scale)
+
+    def add(self, other: Factors) -> Factors:
+        """Row-wise sum of two uses of the same parameters (tied weights, a module called twice)."""
+        from curvlib.factors.combine import Sum
+
+        return Sum((self, other), samples=self.samples)
+
+    def cat(self, others: Sequence[Factors]) -> Factors:
+        """These rows followed by those of `others`; observations add up."""
+        return self.dense().cat(others)
+
+    def compact(self) -> Factors:
+        """Return the exact form that is cheapest to keep and to multiply with between refreshes."""
+        return self
+
+    # -- labels -------------------------------------------------------------------------------------------------------
+
+    def with_samples(self, samples: int) -> Self:
+        """Return the same rows, standing for `samples` observations."""
+        return dataclasses.replace(self, samples=samples)
+
+    def renamed(self, names: Mapping[str, str]) -> Factors:
+        """Return the same rows with parameters renamed."""
+        return self.dense().renamed(names)
+
+    def _require_same_block(self, other: Factors) -> None:
+        if self.shapes != other.shapes:
+            raise ConfigurationError(
+                f"factors of different blocks cannot be combined: parameters {self.shapes} against {other.shapes}"
+            )
+
+
+def joint_samples(parts: Sequence[Factors]) -> int:
+    """Observations that several Factors stand for together."""
+    return sum(part.normalizer for part in parts)

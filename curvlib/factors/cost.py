@@ -1,0 +1,65 @@
+"""Which exact route is cheapest, from the sizes alone: a small cost model, the same on every machine.
+
+Costs are in multiply-adds. A pass over memory is charged at what it costs against arithmetic on common hardware, where
+matrix products run tens of times faster than an elementwise pass over their result.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["Sizes", "chunk", "pairs_beat_rows", "rows_are_cheaper_to_keep"]
+
+_PASS = 16
+"""Multiply-adds that take as long as reading or writing one element."""
+
+_TEMPORARY = 1 << 24
+"""Elements that a temporary may hold before work is split into chunks (64 MiB in float32)."""
+
+_KEEP = 24
+"""Positions from which explicit rows, read once, beat factored products that touch every position."""
+
+
+class Sizes(NamedTuple):
+    """Sizes of a shared outer product: ``(n, columns, positions, groups, d_in, d_out)``, widths per group."""
+
+    n: int
+    columns: int
+    positions: int
+    groups: int
+    d_in: int
+    d_out: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of J."""
+        return self.n * self.columns
+
+    @property
+    def row_cost(self) -> int:
+        """Cost of making all explicit rows."""
+        product = self.rows * self.positions * self.groups * self.d_in * self.d_out
+        return product + _PASS * self.rows * self.groups * self.d_in * self.d_out
+
+
+def pairs_beat_rows(left: Sizes, right: Sizes) -> bool:
+    """Whether the cross-Gram over pairs of positions is cheaper than making explicit rows and multiplying them."""
+    pairs = left.positions * right.positions * left.groups
+    inputs = left.n * right.n * pairs * (left.d_in + _PASS)
+    cotangents = left.rows * right.rows * pairs * (left.d_out + 2 * _PASS)
+    products = left.rows * right.rows * left.groups * left.d_in * left.d_out
+    making = left.row_cost + (0 if left is right else right.row_cost)
+    return inputs + cotangents < products + making
+
+
+def chunk(left: Sizes, right: Sizes) -> int:
+    """Samples of `left` to take at a time so that a table of position pairs stays small."""
+    a_sample = left.columns * left.positions * right.rows * right.positions
+    return max(1, _TEMPORARY // max(1, a_sample))
+
+
+def rows_are_cheaper_to_keep(sizes: Sizes) -> bool:
+    """Whether explicit rows are cheaper to multiply with than the factored form, and no more than a little larger."""
+    explicit = sizes.rows * sizes.groups * sizes.d_in * sizes.d_out
+    factored = sizes.n * sizes.positions * sizes.groups * (sizes.d_in + sizes.columns * sizes.d_out)
+    return explicit <= factored or (sizes.positions >= _KEEP and explicit <= 4 * factored)

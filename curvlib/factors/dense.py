@@ -1,0 +1,141 @@
+"""Explicit rows: the kind that every other kind reduces to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from curvlib.arrays import Array, Vector, device, namespace
+from curvlib.errors import ConfigurationError
+from curvlib.factors.base import Factors, joint_samples
+
+__all__ = ["Dense"]
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Dense(Factors):
+    """Explicit rows, one array a parameter.
+
+    Parameters
+    ----------
+    values
+        Parameter name to rows, shape ``(rows, *parameter shape)``.
+    samples
+        Observations that the rows stand for; None means one row each.
+    **named
+        The same as `values`, written as keywords: ``Dense(weight=rows)``.
+
+    Raises
+    ------
+    ConfigurationError
+        If there are no rows, or parameters disagree on their number.
+
+    Examples
+    --------
+    >>> import torch
+    >>> Dense(weight=torch.ones(3, 2)).gram().shape
+    torch.Size([3, 3])
+    """
+
+    values: dict[str, Array]
+
+    def __init__(self, values: Mapping[str, Array] | None = None, samples: int | None = None, **named: Array) -> None:
+        merged = {**(values or {}), **named}
+        lengths = {name: int(array.shape[0]) if array.ndim else -1 for name, array in merged.items()}
+        if not merged or len(set(lengths.values())) != 1 or -1 in lengths.values():
+            raise ConfigurationError(
+                f"Dense needs one array of shape (rows, *parameter shape) for each parameter, all with the same number "
+                f"of rows; the leading sizes given are {lengths}"
+            )
+        object.__setattr__(self, "values", merged)
+        object.__setattr__(self, "samples", samples)
+
+    def dense(self) -> Dense:
+        return self
+
+    def matrix(self) -> Array:
+        """J itself, shape ``(rows, parameters)``."""
+        flat = [array.reshape(len(self), -1) for array in self.values.values()]
+        return flat[0] if len(flat) == 1 else namespace(*flat).concat(flat, axis=1)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(array.shape[1:]) for name, array in self.values.items()}
+
+    def __len__(self) -> int:
+        return int(next(iter(self.values.values())).shape[0])
+
+    def row_weights(self, value: float) -> Array:
+        return full_rows(next(iter(self.values.values())), len(self), value)
+
+    def gram(self) -> Array:
+        return self.cross_gram(self)
+
+    def cross_gram(self, other: Factors) -> Array:
+        self._require_same_block(other)
+        theirs = other.dense()
+        total = None
+        for name, array in self.values.items():
+            product = array.reshape(len(self), -1) @ theirs.values[name].reshape(len(theirs), -1).T
+            total = product if total is None else total + product
+        return total
+
+    def matvec(self, vector: Vector) -> Array:
+        total = None
+        for name, array in self.values.items():
+            product = array.reshape(len(self), -1) @ vector[name].reshape(-1)
+            total = product if total is None else total + product
+        return total
+
+    def rmatvec(self, weights: Array) -> dict[str, Array]:
+        return {
+            name: (weights @ array.reshape(len(self), -1)).reshape(array.shape[1:])
+            for name, array in self.values.items()
+        }
+
+    def covariance(self) -> Array:
+        rows = self.matrix()
+        return rows.T @ rows
+
+    def diagonal(self) -> dict[str, Array]:
+        return {name: (array * array).sum(axis=0) for name, array in self.values.items()}
+
+    def rows(self, index: Array) -> Dense:
+        return Dense({name: array[index] for name, array in self.values.items()})
+
+    def scaled(self, scale: Array | float) -> Dense:
+        rows = (len(self),)
+        values = {name: array * spread(scale, rows, array.ndim) for name, array in self.values.items()}
+        return Dense(values, samples=self.samples)
+
+    def add(self, other: Factors) -> Factors:
+        if self.shapes != other.shapes:
+            return super().add(other)
+        theirs = other.dense().values
+        return Dense({name: array + theirs[name] for name, array in self.values.items()}, samples=self.samples)
+
+    def cat(self, others: Sequence[Factors]) -> Dense:
+        parts = [self, *(other.dense() for other in others)]
+        for part in parts:
+            self._require_same_block(part)
+        xp = namespace(*self.values.values())
+        values = {name: xp.concat([part.values[name] for part in parts], axis=0) for name in self.values}
+        return Dense(values, samples=joint_samples([self, *others]))
+
+    def with_samples(self, samples: int) -> Dense:
+        return Dense(self.values, samples=samples)
+
+    def renamed(self, names: Mapping[str, str]) -> Dense:
+        return Dense({names.get(name, name): array for name, array in self.values.items()}, samples=self.samples)
+
+
+def full_rows(like: Array, rows: int, value: float) -> Array:
+    """Array of shape ``(rows,)`` filled with `value`, of the library, dtype and device of `like`."""
+    return namespace(like).full(rows, value, dtype=like.dtype, device=device(like))
+
+
+def spread(scale: Array | float, shape: tuple[int, ...], ndim: int) -> Array | float:
+    """Row weights reshaped to `shape` followed by axes of size one, `ndim` axes in all; a scalar stays as it is."""
+    if isinstance(scale, float | int) or scale.ndim == 0:
+        return scale
+    return scale.reshape(*shape, *([1] * (ndim - len(shape))))

@@ -1,0 +1,170 @@
+"""One outer product a row: the Jacobian of a linear map without weight sharing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from curvlib.arrays import Array, Vector, contract, namespace
+from curvlib.errors import ConfigurationError
+from curvlib.factors.base import Factors, KroneckerPair, joint_samples
+from curvlib.factors.dense import Dense, full_rows, spread
+from curvlib.factors.shared import SharedOuter, homogeneous, rename
+
+__all__ = ["OuterProduct"]
+
+
+@dataclass(frozen=True, eq=False)
+class OuterProduct(Factors):
+    """Row (sample i, column c) is ``g_ic [a_i, 1]ᵀ``; the 1 is the bias's and never stored.
+
+    Parameters
+    ----------
+    inputs
+        a, shape ``(n, d_in)``.
+    cotangents
+        g, shape ``(n, columns, d_out)``, or ``(n, d_out)`` for one column.
+    weight
+        Name of the parameter of shape ``(d_out, d_in)``; None where it is frozen.
+    bias
+        Name of the parameter of shape ``(d_out,)``; None where there is none.
+
+    Notes
+    -----
+    ``J Jᵀ = (A Aᵀ + 1) ∘ (G Gᵀ)`` is a Hadamard product of two small Gram matrices (TENGraD, section on the
+    covariance factorization; arXiv 2106.03947), so J is never formed.
+    """
+
+    inputs: Array
+    cotangents: Array
+    weight: str | None = "weight"
+    bias: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.cotangents.ndim == 2:
+            object.__setattr__(self, "cotangents", self.cotangents[:, None, :])
+        if self.inputs.ndim != 2 or self.cotangents.ndim != 3 or self.inputs.shape[0] != self.cotangents.shape[0]:
+            raise ConfigurationError(
+                f"an outer product needs inputs (n, d_in) and cotangents (n, columns, d_out); got "
+                f"{tuple(self.inputs.shape)} and {tuple(self.cotangents.shape)}"
+            )
+        if self.weight is None and self.bias is None:
+            raise ConfigurationError("an outer product needs the name of a weight, of a bias, or of both")
+
+    def dense(self) -> Dense:
+        values = {}
+        if self.weight is not None:
+            rows = contract("nco,ni->ncoi", self.cotangents, self.inputs)
+            values[self.weight] = rows.reshape(len(self), *self.shapes[self.weight])
+        if self.bias is not None:
+            values[self.bias] = self._flat_cotangents()
+        return Dense(values, samples=self.samples)
+
+    def _flat_cotangents(self) -> Array:
+        return self.cotangents.reshape(len(self), -1)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        d_out, d_in = int(self.cotangents.shape[2]), int(self.inputs.shape[1])
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.weight is not None:
+            shapes[self.weight] = (d_out, d_in)
+        if self.bias is not None:
+            shapes[self.bias] = (d_out,)
+        return shapes
+
+    def __len__(self) -> int:
+        return int(self.cotangents.shape[0] * self.cotangents.shape[1])
+
+    def row_weights(self, value: float) -> Array:
+        return full_rows(self.cotangents, len(self), value)
+
+    def gram(self) -> Array:
+        return self.cross_gram(self)
+
+    def cross_gram(self, other: Factors) -> Array:
+        if not isinstance(other, OuterProduct):
+            return self.as_shared().cross_gram(other)
+        self._require_same_block(other)
+        cotangents = self._flat_cotangents() @ other._flat_cotangents().T
+        inputs = None if self.weight is None else self.inputs @ other.inputs.T
+        if inputs is None:
+            return cotangents
+        if self.bias is not None:
+            inputs = inputs + 1
+        (n, c), (m, d) = self.cotangents.shape[:2], other.cotangents.shape[:2]
+        if c == d == 1:
+            return inputs * cotangents
+        return (cotangents.reshape(n, c, m, d) * inputs[:, None, :, None]).reshape(n * c, m * d)
+
+    def matvec(self, vector: Vector) -> Array:
+        # One product with the weight serves every column.
+        if self.weight is None:
+            return self.dense().matvec(vector)
+        outputs = self.inputs @ vector[self.weight].T
+        if self.bias is not None:
+            outputs = outputs + vector[self.bias]
+        return (self.cotangents * outputs[:, None, :]).sum(axis=-1).reshape(-1)
+
+    def rmatvec(self, weights: Array) -> dict[str, Array]:
+        weighted = self.scaled(weights).cotangents.sum(axis=1)
+        weight = {} if self.weight is None else {self.weight: weighted.T @ self.inputs}
+        bias = {} if self.bias is None else {self.bias: weighted.sum(axis=0)}
+        return weight | bias
+
+    def diagonal(self) -> dict[str, Array]:
+        squares = (self.cotangents * self.cotangents).sum(axis=1)
+        weight = {} if self.weight is None else {self.weight: squares.T @ (self.inputs * self.inputs)}
+        bias = {} if self.bias is None else {self.bias: squares.sum(axis=0)}
+        return weight | bias
+
+    def kronecker(self) -> KroneckerPair:
+        rows = self._flat_cotangents()
+        inputs = homogeneous(self.inputs[None], self.weight is not None, self.bias is not None)
+        return KroneckerPair(inputs=inputs, cotangents=(rows.T @ rows)[None])
+
+    def rows(self, index: Array) -> OuterProduct:
+        return dataclasses.replace(
+            self,
+            inputs=self.inputs[index // self.cotangents.shape[1]],
+            cotangents=self._flat_cotangents()[index][:, None, :],
+            samples=None,
+        )
+
+    def scaled(self, scale: Array | float) -> OuterProduct:
+        return dataclasses.replace(self, cotangents=self.cotangents * spread(scale, self.cotangents.shape[:2], 3))
+
+    def as_shared(self) -> SharedOuter:
+        """Return the same rows as a sum over one position."""
+        return SharedOuter(
+            inputs=self.inputs[:, None, None, :],
+            cotangents=self.cotangents[:, :, None, None, :],
+            weight_shape=(int(self.cotangents.shape[2]), int(self.inputs.shape[1])),
+            weight=self.weight,
+            bias=self.bias,
+            samples=self.samples,
+        )
+
+    def add(self, other: Factors) -> Factors:
+        if isinstance(other, OuterProduct):
+            other = other.as_shared()
+        return self.as_shared().add(other)
+
+    def cat(self, others: Sequence[Factors]) -> Factors:
+        parts: list[OuterProduct] = [self]
+        for other in others:
+            if not isinstance(other, OuterProduct) or other.cotangents.shape[1] != self.cotangents.shape[1]:
+                return super().cat(others)
+            self._require_same_block(other)
+            parts.append(other)
+        xp = namespace(self.inputs)
+        return dataclasses.replace(
+            self,
+            inputs=xp.concat([part.inputs for part in parts], axis=0),
+            cotangents=xp.concat([part.cotangents for part in parts], axis=0),
+            samples=joint_samples(parts),
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> OuterProduct:
+        return dataclasses.replace(self, weight=rename(self.weight, names), bias=rename(self.bias, names))

@@ -1,0 +1,249 @@
+"""A sum of outer products a row: convolutions, sequences, recurrent and tied weights, with groups."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from curvlib.arrays import Array, Vector, contract, namespace
+from curvlib.errors import ConfigurationError
+from curvlib.factors import cost
+from curvlib.factors.base import Factors, KroneckerPair, joint_samples
+from curvlib.factors.dense import Dense, full_rows, spread
+
+__all__ = ["SharedOuter"]
+
+
+@dataclass(frozen=True, eq=False)
+class SharedOuter(Factors):
+    """Row (sample i, column c) is ``Σ_r g_icr [a_ir, 1]ᵀ``, block-diagonal over groups.
+
+    Parameters
+    ----------
+    inputs
+        a, shape ``(n, positions, groups, d_in)`` with d_in per group.
+    cotangents
+        g, shape ``(n, columns, positions, groups, d_out)`` with d_out per group; one column may leave its axis out.
+    weight_shape
+        Shape of the weight, ``(groups · d_out, …)`` with ``d_in`` elements behind the first axis.
+    weight
+        Name of the weight; None where it is frozen.
+    bias
+        Name of the bias, shape ``(groups · d_out,)``; None where there is none.
+
+    Notes
+    -----
+    The Gram is ``Σ_rs ⟨a_ir, a_js⟩ ⟨g_ir, g_js⟩`` over *pairs* of positions. Summing positions of inputs and of
+    cotangents separately gives another matrix; this kind never does that.
+    """
+
+    inputs: Array
+    cotangents: Array
+    weight_shape: tuple[int, ...]
+    weight: str | None = "weight"
+    bias: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight_shape", tuple(self.weight_shape))
+        if self.cotangents.ndim == 4:
+            object.__setattr__(self, "cotangents", self.cotangents[:, None])
+        a, g = tuple(self.inputs.shape), tuple(self.cotangents.shape)
+        if len(a) != 4 or len(g) != 5 or (a[0], a[1], a[2]) != (g[0], g[2], g[3]):
+            raise ConfigurationError(
+                "a shared outer product needs inputs (n, positions, groups, d_in) and cotangents "
+                f"(n, columns, positions, groups, d_out); got {a} and {g}"
+            )
+        if self.weight_shape[0] != g[3] * g[4] or prod(self.weight_shape[1:]) != a[3]:
+            raise ConfigurationError(
+                f"a weight of shape {self.weight_shape} does not fit inputs {a} and cotangents {g}: it needs "
+                f"{g[3] * g[4]} rows of {a[3]} elements"
+            )
+        if self.weight is None and self.bias is None:
+            raise ConfigurationError("a shared outer product needs the name of a weight, of a bias, or of both")
+
+    def dense(self) -> Dense:
+        values = {}
+        if self.weight is not None:
+            rows = contract("ncrgo,nrgi->ncgoi", self.cotangents, self.inputs)
+            values[self.weight] = rows.reshape(len(self), *self.weight_shape)
+        if self.bias is not None:
+            values[self.bias] = self.cotangents.sum(axis=2).reshape(len(self), -1)
+        return Dense(values, samples=self.samples)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        weight = {} if self.weight is None else {self.weight: self.weight_shape}
+        bias = {} if self.bias is None else {self.bias: self.weight_shape[:1]}
+        return weight | bias
+
+    def __len__(self) -> int:
+        return int(self.cotangents.shape[0] * self.cotangents.shape[1])
+
+    @property
+    def sizes(self) -> cost.Sizes:
+        """The sizes that decide which route is cheapest."""
+        n, columns, positions, groups, d_out = (int(size) for size in self.cotangents.shape)
+        return cost.Sizes(n, columns, positions, groups, int(self.inputs.shape[3]), d_out)
+
+    def row_weights(self, value: float) -> Array:
+        return full_rows(self.cotangents, len(self), value)
+
+    def gram(self) -> Array:
+        return self.cross_gram(self)
+
+    def cross_gram(self, other: Factors) -> Array:
+        self._require_same_block(other)
+        if isinstance(other, SharedOuter) and cost.pairs_beat_rows(self.sizes, other.sizes):
+            return self.pair_gram(other)
+        return self.dense().cross_gram(other)
+
+    def pair_gram(self, other: SharedOuter) -> Array:
+        """Cross-Gram over pairs of positions, without explicit rows; chunked over rows to bound the temporaries."""
+        xp = namespace(self.inputs)
+        step = cost.chunk(self.sizes, other.sizes)
+        if step >= self.inputs.shape[0]:
+            return self._pair_gram(self.inputs, self.cotangents, other)
+        chunks = [
+            self._pair_gram(self.inputs[start : start + step], self.cotangents[start : start + step], other)
+            for start in range(0, self.inputs.shape[0], step)
+        ]
+        return xp.concat(chunks, axis=0)
+
+    def _pair_gram(self, inputs: Array, cotangents: Array, other: SharedOuter) -> Array:
+        total: Array = 0
+        n, columns, positions, groups, _ = cotangents.shape
+        m, others, there = other.cotangents.shape[:3]
+        for group in range(groups):
+            g = cotangents[:, :, :, group].reshape(n * columns * positions, -1)
+            h = other.cotangents[:, :, :, group].reshape(m * others * there, -1)
+            pairs = (g @ h.T).reshape(n, columns, positions, m, others, there)
+            if self.weight is None:
+                total = total + pairs.sum(axis=(2, 5))
+                continue
+            a = inputs[:, :, group].reshape(n * positions, -1)
+            b = other.inputs[:, :, group].reshape(m * there, -1)
+            products = (a @ b.T).reshape(n, positions, m, there)
+            if self.bias is not None:
+                products = products + 1
+            total = total + contract("ncrmds,nrms->ncmd", pairs, products)
+        return total.reshape(n * columns, m * others)
+
+    def _outputs(self, vector: Vector) -> Array:
+        groups = self.inputs.shape[2]
+        outputs: Array = 0
+        if self.weight is not None:
+            weight = vector[self.weight].reshape(groups, -1, self.inputs.shape[3])
+            outputs = contract("nrgi,goi->nrgo", self.inputs, weight)
+        if self.bias is not None:
+            outputs = outputs + vector[self.bias].reshape(groups, -1)
+        return outputs
+
+    def matvec(self, vector: Vector) -> Array:
+        if self.weight is None:
+            return self.dense().matvec(vector)
+        outputs = self._outputs(vector)
+        return (self.cotangents * outputs[:, None]).sum(axis=(2, 3, 4)).reshape(-1)
+
+    def rmatvec(self, weights: Array) -> dict[str, Array]:
+        weighted = self.scaled(weights).cotangents.sum(axis=1)
+        result = {}
+        if self.weight is not None:
+            result[self.weight] = contract("nrgo,nrgi->goi", weighted, self.inputs).reshape(self.weight_shape)
+        if self.bias is not None:
+            result[self.bias] = weighted.sum(axis=(0, 1)).reshape(-1)
+        return result
+
+    def kronecker(self) -> KroneckerPair:
+        """KFAC-expand: every position is a row of its own (Eschenhagen et al. 2023, arXiv 2311.00636)."""
+        groups, d_in = self.inputs.shape[2:]
+        xp = namespace(self.inputs)
+        inputs = xp.permute_dims(self.inputs, (2, 0, 1, 3)).reshape(groups, -1, d_in)
+        return KroneckerPair(
+            inputs=homogeneous(inputs, self.weight is not None, self.bias is not None),
+            cotangents=contract("ncrgo,ncrgp->gop", self.cotangents, self.cotangents),
+        )
+
+    def rows(self, index: Array) -> SharedOuter:
+        flat = self.cotangents.reshape(len(self), 1, *self.cotangents.shape[2:])
+        return dataclasses.replace(
+            self, inputs=self.inputs[index // self.cotangents.shape[1]], cotangents=flat[index], samples=None
+        )
+
+    def scaled(self, scale: Array | float) -> SharedOuter:
+        return dataclasses.replace(self, cotangents=self.cotangents * spread(scale, self.cotangents.shape[:2], 5))
+
+    def add(self, other: Factors) -> Factors:
+        from curvlib.factors.outer import OuterProduct
+
+        if isinstance(other, OuterProduct):
+            other = other.as_shared()
+        if (
+            not isinstance(other, SharedOuter)
+            or self.shapes != other.shapes
+            or self.inputs.shape[2] != other.inputs.shape[2]
+            or self.cotangents.shape[:2] != other.cotangents.shape[:2]
+        ):
+            return super().add(other)
+        xp = namespace(self.inputs)
+        return dataclasses.replace(
+            self,
+            inputs=xp.concat([self.inputs, other.inputs], axis=1),
+            cotangents=xp.concat([self.cotangents, other.cotangents], axis=2),
+        )
+
+    def cat(self, others: Sequence[Factors]) -> Factors:
+        parts: list[SharedOuter] = [self]
+        for other in others:
+            if not isinstance(other, SharedOuter) or other.cotangents.shape[1:] != self.cotangents.shape[1:]:
+                return super().cat(others)
+            self._require_same_block(other)
+            parts.append(other)
+        xp = namespace(self.inputs)
+        return dataclasses.replace(
+            self,
+            inputs=xp.concat([part.inputs for part in parts], axis=0),
+            cotangents=xp.concat([part.cotangents for part in parts], axis=0),
+            samples=joint_samples(parts),
+        )
+
+    def compact(self) -> Factors:
+        return self.dense() if cost.rows_are_cheaper_to_keep(self.sizes) else self
+
+    def renamed(self, names: Mapping[str, str]) -> SharedOuter:
+        return dataclasses.replace(self, weight=rename(self.weight, names), bias=rename(self.bias, names))
+
+
+def homogeneous(inputs: Array, weight: bool, bias: bool) -> Array:
+    """Mean of ``[a, 1][a, 1]ᵀ`` over rows, without appending the 1 to a.
+
+    Parameters
+    ----------
+    inputs
+        Shape ``(groups, rows, d_in)``.
+    weight, bias
+        Which of the two parts the block has.
+
+    Returns
+    -------
+    Array
+        Shape ``(groups, d, d)`` with ``d = weight · d_in + bias``.
+    """
+    xp = namespace(inputs)
+    rows = inputs.shape[1]
+    one = xp.ones_like(inputs[:, :1, :1])
+    if not weight:
+        return one
+    second = xp.matrix_transpose(inputs) @ inputs / rows
+    if not bias:
+        return second
+    mean = inputs.sum(axis=1)[:, :, None] / rows
+    top = xp.concat([second, mean], axis=2)
+    bottom = xp.concat([xp.matrix_transpose(mean), one], axis=2)
+    return xp.concat([top, bottom], axis=1)
+
+
+def rename(name: str | None, names: Mapping[str, str]) -> str | None:
+    """New name of a parameter that may be absent."""
+    return None if name is None else names.get(name, name)

@@ -1,0 +1,121 @@
+"""The registry of adapters: layer class to function, filled by a decorator from inside or outside the library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from curvlib.errors import ConfigurationError
+from curvlib.factors import Factors
+
+__all__ = ["Adapter", "adapter_for", "register", "registered"]
+
+F = TypeVar("F", bound=Callable[..., Factors])
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How one layer type turns a recorded call into Factors.
+
+    Parameters
+    ----------
+    name
+        What `explain` and errors call it.
+    function
+        ``function(layer, x, g) -> Factors``.
+    columns
+        Whether g comes with an axis of columns, shape ``(n, columns, *output)``, instead of one column a call,
+        shape ``(n, *output)``.
+    whole_call
+        Whether x is the whole recorded call (`curvlib.layers.Call`) and g one cotangent for every output tensor.
+    closed_form
+        Whether the rows come from a formula; otherwise from `torch.func`.
+    """
+
+    name: str
+    function: Callable[..., Factors]
+    columns: bool = False
+    whole_call: bool = False
+    closed_form: bool = True
+
+
+_ADAPTERS: dict[type[nn.Module], Adapter] = {}
+
+
+def register(
+    *classes: type[nn.Module], columns: bool = False, whole_call: bool = False, replace: bool = False
+) -> Callable[[F], F]:
+    """Decorator that makes a function the adapter of the given layer classes and of their subclasses.
+
+    Parameters
+    ----------
+    *classes
+        Subclasses of `torch.nn.Module`. The most specific registered class of a module's type serves it. The adapter
+        covers every parameter of the module and of the modules inside it.
+    columns
+        Set when the function takes g with an axis of columns, shape ``(n, columns, *output)``. Without it the function
+        sees g of shape ``(n, *output)``, once for each column.
+    whole_call
+        Set when the function needs all arguments (`curvlib.layers.Call`) and the cotangents of all outputs.
+    replace
+        Set to replace an adapter that is there.
+
+    Returns
+    -------
+    Callable
+        The decorator; it returns the function as it was. The function is ``adapter(layer, x, g)``: x is the layer's
+        input, shape ``(n, *input)``, and g the cotangent of its output for each sample. It returns Factors with n rows
+        whose parameter names and shapes are those of `layer.named_parameters()` that require a gradient.
+
+    Raises
+    ------
+    ConfigurationError
+        If a class is no module class, or has an adapter already and `replace` is not set.
+
+    Examples
+    --------
+    >>> import torch, curvlib
+    >>> class Scale(torch.nn.Module):
+    ...     def __init__(self, width):
+    ...         super().__init__()
+    ...         self.gain = torch.nn.Parameter(torch.ones(width))
+    ...     def forward(self, x):
+    ...         return self.gain * x
+    >>> @curvlib.layers.register(Scale)
+    ... def scale(layer, x, g):
+    ...     return curvlib.factors.Dense(gain=g * x)
+    """
+    for cls in classes:
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise ConfigurationError(f"register takes torch.nn.Module classes, got {cls!r}")
+        if cls in _ADAPTERS and not replace:
+            raise ConfigurationError(
+                f"{cls.__name__} has the adapter {_ADAPTERS[cls].name!r} already; pass replace=True to replace it"
+            )
+    if not classes:
+        raise ConfigurationError("register needs at least one layer class, as in @register(RMSNorm)")
+
+    def decorate(function: F) -> F:
+        closed = not getattr(function, "uses_torch_func", False)
+        name = getattr(function, "__name__", repr(function))
+        for cls in classes:
+            _ADAPTERS[cls] = Adapter(name, function, columns, whole_call or not closed, closed)
+        return function
+
+    return decorate
+
+
+def adapter_for(cls: type[nn.Module]) -> Adapter | None:
+    """Adapter of the most specific registered class among `cls` and its bases, or None."""
+    for base in cls.__mro__:
+        if base in _ADAPTERS:
+            return _ADAPTERS[base]
+    return None
+
+
+def registered() -> dict[type[Any], Adapter]:
+    """Return all registered classes with their adapters, a copy."""
+    return dict(_ADAPTERS)

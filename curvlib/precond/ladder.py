@@ -1,0 +1,73 @@
+"""What is tried when a damped curvature cannot be factorised, before anything is given up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from curvlib.arrays import map_arrays, namespace, widen
+from curvlib.errors import NotPositiveDefiniteError
+from curvlib.solvers import Solver
+
+__all__ = ["factorize_with_retries"]
+
+_MORE_DAMPING = (10.0, 100.0, 1000.0)
+
+
+def factorize_with_retries(solver: Solver, estimate: Any, damping: float) -> tuple[Any, list[str]]:
+    """Factorise; on failure in float64, then with more and more damping.
+
+    Float64 comes first because it leaves the problem as it was posed.
+
+    Parameters
+    ----------
+    solver, estimate, damping
+        As in `Solver.factorize`.
+
+    Returns
+    -------
+    tuple
+        The inverse, and what had to be done to get it (empty if nothing).
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If every rung failed.
+    """
+    rungs: list[tuple[str, Callable[[], Any]]] = [
+        ("", lambda: solver.factorize(estimate, damping)),
+        ("in float64", lambda: _in_float64(solver, estimate, damping)),
+    ]
+    for factor in _MORE_DAMPING:
+        more = damping * factor
+        rungs.append((f"with damping {more:g}", lambda more=more: _in_float64(solver, estimate, more)))  # type: ignore[misc]  # mypy cannot type a default
+    tried: list[str] = []
+    for what, attempt in rungs:
+        try:
+            inverse = attempt()
+        except NotPositiveDefiniteError as error:
+            failure = error
+        else:
+            return inverse, [*tried, what] if what else []
+        if what:
+            tried.append(f"failed {what}")
+    raise NotPositiveDefiniteError(f"{failure}; {', '.join(tried)}")
+
+
+def _in_float64(solver: Solver, estimate: Any, damping: float) -> Any:
+    dtypes = set()
+
+    def up(array: Any) -> Any:
+        if not namespace(array).isdtype(array.dtype, "real floating"):
+            return array
+        dtypes.add(array.dtype)
+        return widen(array)
+
+    inverse = solver.factorize(map_arrays(up, estimate), damping)
+    narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
+
+    def down(array: Any) -> Any:
+        xp = namespace(array)
+        return xp.astype(array, narrow) if xp.isdtype(array.dtype, "real floating") else array
+
+    return map_arrays(down, inverse)

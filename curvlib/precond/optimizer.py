@@ -1,0 +1,243 @@
+"""The composed optimizer: an ordinary `torch.optim.Optimizer` whose gradients pass through damped inverse curvature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvlib.arrays import pack, unpack
+from curvlib.capture import Capture, Output
+from curvlib.errors import CaptureError, ConfigurationError, CurvatureError
+from curvlib.fisher import Fisher
+from curvlib.layers import Partition
+from curvlib.precond.curvature import BlockState, natural_gradient, refreshed
+from curvlib.precond.damping import Damping
+from curvlib.precond.refresh import Refresh
+from curvlib.precond.transforms import Context, Transform
+from curvlib.solvers import Solver
+
+__all__ = ["NaturalGradient"]
+
+_STATE_VERSION = 1
+
+
+class NaturalGradient(torch.optim.Optimizer):
+    """Moves along transformed natural gradients; `curvlib.compose` makes it and documents the parameters.
+
+    Attributes
+    ----------
+    curvature
+        Block name to `BlockState`: estimate, inverse, age, failures.
+    steps
+        Number of steps taken.
+    damping, refresh
+        May be replaced between steps; a new damping factorises the estimates that are there again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Partition,
+        *,
+        fisher: Fisher,
+        solvers: dict[str, Solver],
+        damping: Damping,
+        refresh: Refresh,
+        transforms: tuple[Transform, ...],
+        lr: float,
+        rest: str | None,
+        output: Output | None,
+        seed: int,
+    ) -> None:
+        if isinstance(lr, bool) or not (isinstance(lr, int | float) and math.isfinite(lr) and lr >= 0):
+            raise ConfigurationError(f"lr must be a finite number ≥ 0, got {lr!r}")
+        uncovered = list(parts.rest.values())
+        inside = [p for block in parts.blocks for p in block.parameters.values()]
+        composed = inside + (uncovered if rest == "sgd" else [])
+        groups: list[dict[str, Any]] = [{"params": composed}] if composed else []
+        self._adamw = torch.optim.AdamW(uncovered) if rest == "adamw" and uncovered else None
+        if self._adamw is not None:
+            groups += self._adamw.param_groups
+        if not groups:
+            raise ConfigurationError("nothing is left to train: no block covers a parameter, and rest='freeze'")
+        super().__init__(groups, {"lr": float(lr)})
+        self.damping = damping
+        self.refresh = refresh
+        self.fisher = fisher
+        self.solvers = solvers
+        self.transforms = transforms
+        self.curvature = {block.name: BlockState() for block in parts.blocks}
+        self.steps = 0
+        self._blocks = parts.blocks
+        self._composed = len(groups) - (self._adamw is not None)
+        self._generator = torch.Generator(device=self.param_groups[0]["params"][0].device).manual_seed(seed)
+        self._capture = Capture(model, parts.blocks, fisher, output, self._generator)
+        self._capture.armed = refresh.due(0)
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._link()
+
+    def detach(self) -> None:
+        """Remove every hook from the model; no further step can take curvature."""
+        self._capture.detach()
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Parameters
+        ----------
+        closure
+            Reevaluates the model, calls backward and returns the loss; optional.
+
+        Returns
+        -------
+        Any
+            What the closure returned.
+
+        Raises
+        ------
+        CaptureError
+            If there is no gradient, a gradient is not finite, or curvature is missing.
+        CurvatureError
+            If a block's curvature cannot be factorised, not even after retries, and there is no earlier inverse.
+
+        Notes
+        -----
+        Whatever is raised, parameters and the optimizer's state are as they were.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        try:
+            self._check_gradients(loss)
+            factors = self._capture.take()
+        finally:
+            self._capture.clear()
+        damping = self.damping.at(self.steps)
+        curvature = refreshed(self._blocks, self.solvers, self.curvature, factors, damping, self.steps)
+        directions: dict[Tensor, Tensor] = {}
+        for block in self._blocks:
+            if any(p.grad is not None for p in block.parameters.values()):
+                natural = natural_gradient(block, self.solvers[block.name], curvature[block.name])
+                directions.update((p, natural[name]) for name, p in block.parameters.items() if p.grad is not None)
+        self._move(directions)
+        self.curvature = curvature
+        self.steps += 1
+        # A refresh that found no forward pass to look at stays due.
+        self._capture.armed = self.refresh.due(self.steps) or (self._capture.armed and not factors)
+        return loss
+
+    def _active(self) -> list[tuple[Tensor, float]]:
+        """Parameters of the composed groups that have a gradient, with their learning rates."""
+        return [
+            (p, group["lr"])
+            for group in self.param_groups[: self._composed]
+            for p in group["params"]
+            if p.grad is not None
+        ]
+
+    def _move(self, directions: dict[Tensor, Tensor]) -> None:
+        active = self._active()
+        parameters = [p for p, _ in active]
+        rates = [rate for _, rate in active]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        # Outside every block the direction is the gradient itself; transforms may change it in place.
+        moves = [directions[p] if p in directions else p.grad.clone() for p in parameters if p.grad is not None]
+        context = Context(parameters, gradients, rates, self.steps)
+        if parameters:
+            for index, transform in enumerate(self.transforms):
+                moves = transform.apply(moves, context, self._buffers(index, transform, parameters))
+            for rate in dict.fromkeys(rates):
+                chosen = [place for place, own in enumerate(rates) if own == rate]
+                torch._foreach_add_([parameters[i] for i in chosen], [moves[i] for i in chosen], alpha=-rate)
+        if self._adamw is not None:
+            self._adamw.step()
+
+    def _buffers(self, index: int, transform: Transform, parameters: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+        same = sum(type(other) is type(transform) for other in self.transforms[:index])
+        prefix = type(transform).__name__ + (str(same + 1) if same else "")
+        result: dict[str, list[Tensor]] = {}
+        for name in transform.buffers:
+            key = f"{prefix}.{name}"
+            for p in parameters:
+                if key not in self.state[p]:
+                    self.state[p][key] = torch.zeros_like(p)
+            result[name] = [self.state[p][key] for p in parameters]
+        return result
+
+    def _check_gradients(self, loss: Any) -> None:
+        given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not given:
+            raise CaptureError("step() found no gradient: call loss.backward() before optimizer.step()")
+        if isinstance(loss, Tensor) and not bool(torch.isfinite(loss).all()):
+            raise CaptureError(f"step {self.steps}: the loss is {loss.tolist()}; parameters and state are unchanged")
+        if any(p.grad.is_sparse for p in given if p.grad is not None):
+            raise CaptureError("gradients must be dense: set sparse=False on the embedding")
+        norms = torch._foreach_norm([p.grad for p in given if p.grad is not None])
+        finite = torch.isfinite(torch.stack([norm.to(norms[0]) for norm in norms]))
+        if not bool(finite.all()):
+            bad = [self._names.get(id(p), "?") for p, good in zip(given, finite.tolist(), strict=True) if not good]
+            raise CaptureError(
+                f"step {self.steps}: the gradient is not finite in {', '.join(bad)}; parameters and state are "
+                "unchanged. Look at the loss and the inputs, lower the learning rate, or scale the loss (GradScaler) "
+                "under float16"
+            )
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs: buffers, estimates, inverses, ages, step and label source.
+
+        `torch.load(weights_only=True)` reads it back.
+        """
+        state = super().state_dict()
+        state["curvature"] = {
+            "version": _STATE_VERSION,
+            "steps": self.steps,
+            "armed": self._capture.armed,
+            "generator": self._generator.get_state(),
+            "blocks": pack(self.curvature),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, whole or not at all.
+
+        Raises
+        ------
+        CurvatureError
+            If it holds no curvature, or that of other blocks or of another version.
+        """
+        saved = state_dict.get("curvature")
+        if not isinstance(saved, dict) or "blocks" not in saved:
+            raise CurvatureError("this state holds no curvature: it was not saved by a curvlib optimizer")
+        if saved.get("version") != _STATE_VERSION:
+            raise CurvatureError(
+                f"this state has version {saved.get('version')!r}, this curvlib reads {_STATE_VERSION}"
+            )
+        curvature = unpack(saved["blocks"])
+        if list(curvature) != list(self.curvature):
+            raise CurvatureError(
+                f"this state belongs to the blocks {list(curvature)}; the model has {list(self.curvature)}"
+            )
+        generator = saved["generator"].cpu()
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "curvature"})
+        self.curvature = curvature
+        self.steps = int(saved["steps"])
+        self._generator.set_state(generator)
+        self._capture.clear()
+        self._capture.armed = bool(saved["armed"])
+        self._link()
+
+    def _link(self) -> None:
+        """Let the inner AdamW see the same groups and state, so that schedulers and checkpoints reach it."""
+        if self._adamw is not None:
+            self._adamw.param_groups = self.param_groups[self._composed :]
+            self._adamw.state = self.state

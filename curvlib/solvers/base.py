@@ -1,0 +1,90 @@
+"""The solver seam: three verbs on explicit state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from curvlib.arrays import Array, Vector
+from curvlib.errors import ConfigurationError
+from curvlib.factors import Factors
+
+__all__ = ["Gradient", "Solver"]
+
+Gradient = Vector | Factors
+"""A block's gradient: explicit, or as fresh Factors J that stand for ``Jᵀ1 / normalizer``."""
+
+
+class Solver(ABC):
+    """Turns the Factors of one block into products with its damped inverse curvature.
+
+    A solver is an immutable object of hyperparameters. What it learns lives in two states that the caller keeps apart:
+    the *estimate* (what was seen of the curvature) and the *inverse* (what was factorised from it, possibly stale).
+    """
+
+    exact: ClassVar[bool] = True
+    """Whether `solve` applies the inverse of the damped block itself, up to rounding."""
+
+    @abstractmethod
+    def update(self, estimate: Any, factors: Factors) -> Any:
+        """Take in new curvature.
+
+        Parameters
+        ----------
+        estimate
+            What an earlier call returned; None at first.
+        factors
+            Rows of the block; their curvature is ``JᵀJ / normalizer``.
+        """
+
+    @abstractmethod
+    def factorize(self, estimate: Any, damping: float) -> Any:
+        """Prepare solves with ``curvature + damping · identity``: the costly part.
+
+        Parameters
+        ----------
+        estimate
+            From `update`.
+        damping
+            λ > 0, in the units of the curvature.
+
+        Raises
+        ------
+        ConfigurationError
+            If the damping is not a positive number.
+        NotPositiveDefiniteError
+            If the damped curvature is not positive definite in its precision.
+        """
+
+    @abstractmethod
+    def solve(self, inverse: Any, gradient: Gradient) -> dict[str, Array]:
+        """Return the natural gradient ``(curvature + damping · identity)⁻¹ gradient`` as a block vector.
+
+        Parameters
+        ----------
+        inverse
+            From `factorize`.
+        gradient
+            A block vector, or fresh Factors that stand for one.
+        """
+
+
+def check_damping(damping: float) -> float:
+    """Return the damping if it is a positive finite number.
+
+    Raises
+    ------
+    ConfigurationError
+        Otherwise.
+    """
+    value = float(damping)
+    if not 0 < value < float("inf"):
+        raise ConfigurationError(f"damping must be a positive finite number, got {damping}")
+    return value
+
+
+def as_vector(gradient: Gradient) -> Vector:
+    """Return the gradient as an explicit block vector."""
+    if isinstance(gradient, Factors):
+        return gradient.rmatvec(gradient.row_weights(1 / gradient.normalizer))
+    return gradient
