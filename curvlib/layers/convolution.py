@@ -101,8 +101,7 @@ class ConvolutionFactors(Factors):
         values = {}
         if self.weight is not None:
             rows = [self._grouped_weight_gradient(self.cotangents[:, column]) for column in range(columns)]
-            weight = rows[0] if columns == 1 else torch.stack(rows, dim=1)
-            values[self.weight] = weight.reshape(n * columns, *self.weight_shape)
+            values[self.weight] = rows[0] if columns == 1 else torch.stack(rows, dim=1).flatten(0, 1)
         if self.bias is not None:
             values[self.bias] = self.cotangents.flatten(3).sum(-1).reshape(n * columns, -1)
         return Dense(values, samples=self.samples)
@@ -112,12 +111,13 @@ class ConvolutionFactors(Factors):
         n = cotangents.shape[0]
         d_out, *kernel = self.weight_shape
         weight = cotangents.new_empty(()).expand(n * d_out, *kernel)
-        return self._weight_gradient(
+        rows = self._weight_gradient(
             cotangents.reshape(1, n * d_out, *cotangents.shape[2:]),
             self.images.reshape(1, -1, *self.images.shape[2:]),
             weight,
             n * self.groups,
         )
+        return rows.reshape(n, *self.weight_shape)
 
     def _weight_gradient(self, cotangents: Tensor, images: Tensor, weight: Tensor, groups: int) -> Tensor:
         dims = len(self.stride)

@@ -54,9 +54,9 @@ def fallback(layer: nn.Module, call: Call, cotangents: tuple[Tensor | None, ...]
     CaptureError
         If the module cannot be run for one sample at a time, or its output for one sample is not the sample's output.
     """
-    parameters = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
-    constants = {name: p.detach() for name, p in layer.named_parameters() if not p.requires_grad}
-    constants.update(layer.named_buffers())
+    parameters = {name: _wide(p.detach()) for name, p in layer.named_parameters() if p.requires_grad}
+    constants = {name: _wide(p.detach()) for name, p in layer.named_parameters() if not p.requires_grad}
+    constants.update({name: _wide(buffer) for name, buffer in layer.named_buffers()})
     leaves, structure = pytree.tree_flatten((call.args, dict(call.kwargs)))
     split = [isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == call.samples for leaf in leaves]
     batched = [leaf for leaf, flag in zip(leaves, split, strict=True) if flag]
@@ -95,6 +95,11 @@ def fallback(layer: nn.Module, call: Call, cotangents: tuple[Tensor | None, ...]
             "mode or leave its parameters to rest=; otherwise register an adapter with curvlib.layers.register"
         ) from error
     return Dense({name: value.detach() for name, value in result.items()})
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    # The call was recorded in float32 at least; the module has to run in the same precision.
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
 
 
 fallback.uses_torch_func = True  # type: ignore[attr-defined]  # read by `register`: this is no closed form

@@ -33,6 +33,7 @@ def compose(
     rest: str | None = None,
     output: Output | None = None,
     seed: int = 0,
+    verify: bool = True,
 ) -> NaturalGradient:
     """Assemble a natural-gradient optimizer from its parts.
 
@@ -60,6 +61,9 @@ def compose(
         Picks the tensor that the likelihood is about out of what the model returns; needed unless it is a tensor.
     seed
         Seed of the sampled labels.
+    verify
+        Whether the first forward pass checks that every block's rows add up to its gradient (three more backward
+        passes, once).
 
     Returns
     -------
@@ -102,6 +106,7 @@ def compose(
         rest=rest,
         output=output,
         seed=seed,
+        verify=verify,
     )
 
 

@@ -52,6 +52,7 @@ class NaturalGradient(torch.optim.Optimizer):
         rest: str | None,
         output: Output | None,
         seed: int,
+        verify: bool,
     ) -> None:
         if isinstance(lr, bool) or not (isinstance(lr, int | float) and math.isfinite(lr) and lr >= 0):
             raise ConfigurationError(f"lr must be a finite number ≥ 0, got {lr!r}")
@@ -75,7 +76,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._blocks = parts.blocks
         self._composed = len(groups) - (self._adamw is not None)
         self._generator = torch.Generator(device=self.param_groups[0]["params"][0].device).manual_seed(seed)
-        self._capture = Capture(model, parts.blocks, fisher, output, self._generator)
+        self._capture = Capture(model, parts.blocks, fisher, output, self._generator, check=verify)
         self._capture.armed = refresh.due(0)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._link()

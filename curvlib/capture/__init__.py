@@ -1,0 +1,6 @@
+"""From a forward and a backward pass to the Factors of every block."""
+
+from curvlib.capture.collect import collect
+from curvlib.capture.hooks import Capture, Output
+
+__all__ = ["Capture", "Output", "collect"]

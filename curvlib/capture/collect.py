@@ -1,0 +1,72 @@
+"""Factors of a model on one batch, without an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvlib.capture.hooks import Capture, Output
+from curvlib.errors import ConfigurationError
+from curvlib.factors import Factors
+from curvlib.fisher import Fisher
+from curvlib.layers import partition
+
+__all__ = ["collect"]
+
+
+def collect(
+    model: nn.Module,
+    fisher: Fisher,
+    *args: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    output: Output | None = None,
+    generator: torch.Generator | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    verify: bool = True,
+) -> dict[str, Factors]:
+    """Factors of every block of `model` on one batch, without an optimizer.
+
+    Parameters
+    ----------
+    model
+        Any module whose output's first axis is the samples.
+    fisher
+        Which cotangents define the curvature.
+    *args, kwargs
+        What the model is called with.
+    loss
+        For the empirical Fisher: the loss as a function of what the model returns.
+    output
+        Picks the tensor that the likelihood is about.
+    generator
+        Source of the sampled labels.
+    verify
+        Whether to check that every block's rows add up to its gradient.
+
+    Returns
+    -------
+    dict
+        Block name to Factors. Parameters, their `.grad` and the model's hooks are as before.
+
+    Raises
+    ------
+    ConfigurationError
+        If the empirical Fisher is asked for without a loss.
+    CaptureError
+        If the rows cannot be formed exactly.
+    """
+    if fisher.needs_backward and loss is None:
+        raise ConfigurationError("the empirical Fisher needs loss=, a function of what the model returns")
+    capture = Capture(model, partition(model).blocks, fisher, output, generator, every_pass=True, check=verify)
+    try:
+        with torch.enable_grad():
+            result = model(*args, **(kwargs or {}))
+            if fisher.needs_backward and loss is not None:
+                parameters = [p for p in model.parameters() if p.requires_grad]
+                torch.autograd.grad(loss(result), parameters, allow_unused=True)
+        return capture.take()
+    finally:
+        capture.detach()

@@ -1,0 +1,242 @@
+"""Hooks that record a model's passes inside the user's own loop.
+
+A forward hook on each block's module stores its input and the *edge* of its output in the autograd graph. An edge,
+unlike the output tensor, survives an in-place activation that follows. When the root module returns, sampled and exact
+Fishers need only the outputs: their cotangents are pulled back to the edges at once, inside the forward pass. The
+empirical Fisher waits for the user's own backward, through tensor hooks.
+
+A pass is held by the graph of its own outputs, so a forward pass that no backward follows vanishes with that graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils import _pytree as pytree
+
+from curvlib.capture.rows import Pass, Record, block_factors
+from curvlib.capture.verify import verify
+from curvlib.errors import CaptureError
+from curvlib.factors import Factors, cat
+from curvlib.fisher import Empirical, Fisher
+from curvlib.layers import Block, Use
+
+__all__ = ["Capture", "Output"]
+
+Output = Callable[[Any], Tensor]
+"""Picks the tensor that the likelihood is about out of what the model returns."""
+
+
+class Capture:
+    """Hooks on a model that turn its passes into Factors for each block.
+
+    Parameters
+    ----------
+    model
+        The root module; curvature is taken of calls of this module.
+    blocks
+        The blocks to capture.
+    fisher
+        Which cotangents define the curvature.
+    output
+        Picks the tensor that the likelihood is about, first axis samples, out of what the model returns.
+    generator
+        Source of the sampled labels; None for torch's default.
+    every_pass
+        Whether forward passes count without a backward pass.
+    check
+        Whether the first pass checks that rows and gradients agree, for a few more backward passes, once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: tuple[Block, ...],
+        fisher: Fisher,
+        output: Output | None = None,
+        generator: torch.Generator | None = None,
+        every_pass: bool = False,
+        check: bool = True,
+    ) -> None:
+        self.blocks = blocks
+        self.fisher = fisher
+        self.generator = generator
+        self.armed = True
+        self._output = output
+        self._every_pass = every_pass
+        self._unchecked = check
+        self._current: Pass | None = None
+        self._used: list[Pass] = []
+        self._pulling_back = False
+        self._handles = [model.register_forward_pre_hook(self._begin)]
+        for block in blocks:
+            for use in block.uses:
+                self._handles.append(use.module.register_forward_hook(self._recorder(use), with_kwargs=True))
+        # Last, so that it runs after the hook of a root module that is a block itself.
+        self._handles.append(model.register_forward_hook(self._finish))
+
+    def detach(self) -> None:
+        """Remove every hook; the model is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was captured and not yet taken."""
+        self._current = None
+        self._used.clear()
+
+    def take(self) -> dict[str, Factors]:
+        """Factors of every block over all passes that a backward went through since the last call.
+
+        Returns
+        -------
+        dict
+            Block name to Factors; empty if there was no such pass. A block whose module was not called is missing.
+
+        Raises
+        ------
+        CaptureError
+            If what was recorded makes no exact rows.
+        """
+        passes, self._used = self._used, []
+        observations = sum(one.observations for one in passes)
+        if isinstance(self.fisher, Empirical):
+            scale = self.fisher.scale(observations)
+            for one in passes:
+                one.factors = {name: rows.scaled(scale) for name, rows in self._factors(one).items()}
+        taken = {}
+        for block in self.blocks:
+            parts = [one.factors[block.name] for one in passes if block.name in one.factors]
+            if parts:
+                taken[block.name] = cat(parts).with_samples(observations)
+        return taken
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def _listening(self) -> bool:
+        return self.armed and not self._pulling_back and torch.is_grad_enabled()
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self._current = Pass() if self._listening() else None
+
+    def _recorder(self, use: Use) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self._current is None or not self._listening():
+                return
+            tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+            if not any(tensor.requires_grad for tensor in tensors):
+                return
+            inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            args, kwargs = pytree.tree_map(_detached, (args, kwargs))
+            call = Record(
+                args,
+                kwargs,
+                versions=[(tensor.detach(), tensor._version) for tensor in inputs],
+                edges=[get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in tensors],
+                cotangents=[None] * len(tensors),
+            )
+            self._current.records.setdefault(use, []).append(call)
+            if self.fisher.needs_backward:
+                for place, tensor in enumerate(tensors):
+                    if tensor.requires_grad:
+                        tensor.register_hook(self._keeper(call, place))  # type: ignore[no-untyped-call]  # untyped in torch
+
+        return record
+
+    def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
+        current, self._current = self._current, None
+        if current is None or not self._listening():
+            return
+        outputs = self._select(output)
+        if not outputs.requires_grad:
+            return
+        current.observations = self.fisher.observations(outputs)
+        current.samples = int(outputs.shape[0])
+        self._pulling_back = True
+        try:
+            if self._unchecked:
+                verify(self.blocks, current, outputs)
+                self._unchecked = False
+            if not self.fisher.needs_backward:
+                self._pull_back(current, outputs)
+        finally:
+            self._pulling_back = False
+        if self.fisher.needs_backward:
+            for call, _, _ in current.edges():
+                call.edges.clear()  # tensor hooks do the work now, and an edge would keep the graph alive
+        else:
+            current.factors = self._factors(current)
+            current.records.clear()
+        if self._every_pass:
+            self._used.append(current)
+        else:
+            outputs.register_hook(self._marker(current))  # type: ignore[no-untyped-call]  # untyped in torch
+
+    def _select(self, output: Any) -> Tensor:
+        if self._output is not None:
+            output = self._output(output)
+        if not isinstance(output, Tensor):
+            raise CaptureError(
+                f"the model returns {type(output).__name__}, not a tensor: say which tensor the likelihood is about, "
+                "as in output=lambda result: result.logits"
+            )
+        if output.ndim == 0 or output.shape[0] == 0:
+            raise CaptureError(
+                f"the model's output has shape {tuple(output.shape)}: its first axis must be the samples, at least "
+                "one; skip empty batches"
+            )
+        return output
+
+    def _keeper(self, call: Record, place: int) -> Callable[[Tensor], None]:
+        def keep(gradient: Tensor) -> None:
+            if not self._pulling_back:
+                before, now = call.cotangents[place], gradient.detach()[:, None]
+                call.cotangents[place] = now if before is None else before + now
+
+        return keep
+
+    def _marker(self, current: Pass) -> Callable[[Tensor], None]:
+        def mark(gradient: Tensor) -> None:
+            if not self._pulling_back and not any(one is current for one in self._used):
+                self._used.append(current)
+
+        return mark
+
+    # -- cotangents and rows ------------------------------------------------------------------------------------------
+
+    def _pull_back(self, current: Pass, outputs: Tensor) -> None:
+        """Send all columns of output cotangents back to the outputs of every recorded call."""
+        places = current.edges()
+        if not places:
+            return
+        columns = self.fisher.cotangents(outputs.detach(), self.generator)
+        if columns.shape[1:] != outputs.shape:
+            raise CaptureError(
+                f"{self.fisher} gave cotangents of shape {tuple(columns.shape)} for outputs of shape "
+                f"{tuple(outputs.shape)}; they need shape (columns, *outputs)"
+            )
+        edges = [edge for _, _, edge in places]
+        if columns.shape[0] == 1:
+            gradients: Any = torch.autograd.grad(outputs, edges, columns[0], retain_graph=True, allow_unused=True)
+            gradients = [None if gradient is None else gradient[:, None] for gradient in gradients]
+        else:
+            gradients = torch.autograd.grad(
+                outputs, edges, columns, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+            gradients = [None if gradient is None else gradient.movedim(0, 1) for gradient in gradients]
+        for (call, place, _), gradient in zip(places, gradients, strict=True):
+            call.cotangents[place] = gradient
+
+    def _factors(self, current: Pass) -> dict[str, Factors]:
+        made = {block.name: block_factors(block, current) for block in self.blocks}
+        return {name: factors for name, factors in made.items() if factors is not None}
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf

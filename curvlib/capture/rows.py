@@ -1,0 +1,141 @@
+"""Rows of a block from the recorded calls of its modules, by their adapters, and what an adapter may not get wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.utils import _pytree as pytree
+
+from curvlib.errors import CaptureError
+from curvlib.factors import Factors
+from curvlib.factors.combine import stack_columns
+from curvlib.layers import Block, Call, Use
+
+__all__ = ["Pass", "Record", "block_factors"]
+
+
+@dataclass(eq=False)
+class Record:
+    """One call of one module: what went in, where its outputs lie in the graph, what came back for them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[tuple[Tensor, int]]
+    edges: list[GradientEdge | None]
+    cotangents: list[Tensor | None]  # one an output tensor, shape (n, columns, *output)
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass: the records of every use, and the Factors made of them."""
+
+    records: dict[Use, list[Record]] = field(default_factory=dict)
+    samples: int = 0
+    observations: int = 0
+    factors: dict[str, Factors] = field(default_factory=dict)
+
+    def edges(self) -> list[tuple[Record, int, GradientEdge]]:
+        """Every recorded output that has a place in the graph."""
+        return [
+            (call, place, edge)
+            for calls in self.records.values()
+            for call in calls
+            for place, edge in enumerate(call.edges)
+            if edge is not None
+        ]
+
+
+def block_factors(block: Block, current: Pass) -> Factors | None:
+    """Factors of `block` from a pass whose cotangents have arrived; None if its modules had no part in the outputs.
+
+    Raises
+    ------
+    CaptureError
+        If exact rows cannot be formed, or an adapter returned something else.
+    """
+    parts = [
+        _rows(block, use, call, current.samples)
+        for use in block.uses
+        for call in current.records.get(use, ())
+        if any(cotangent is not None for cotangent in call.cotangents)
+    ]
+    if not parts:
+        return None
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.add(part)
+    return total
+
+
+def _rows(block: Block, use: Use, call: Record, samples: int) -> Factors:
+    """Let a use's adapter turn one recorded call into rows, and check what it returns."""
+    where = f"block {block.name!r} ({type(use.module).__name__}, adapter {use.adapter.name})"
+    if any(tensor._version != version for tensor, version in call.versions):
+        raise CaptureError(
+            f"{where}: its input was changed in place after the call, so its rows cannot be formed; "
+            "make the operation that changes it out of place"
+        )
+    given = [cotangent for cotangent in call.cotangents if cotangent is not None]
+    for cotangent in given:
+        if cotangent.shape[0] != samples:
+            raise CaptureError(
+                f"{where}: its output has {cotangent.shape[0]} rows on the first axis, the model's output {samples} "
+                "samples; the first axis must be the sample axis in both"
+            )
+    columns = given[0].shape[1]
+    cotangents = [None if cotangent is None else _wide(cotangent) for cotangent in call.cotangents]
+    adapter = use.adapter
+
+    def run(x: Any, g: Any, rows: int) -> Factors:
+        factors = adapter.function(use.module, x, g)
+        _check_rows(factors, use, rows, where)
+        return factors
+
+    if adapter.whole_call:
+        whole = Call(pytree.tree_map(_wide, call.args), pytree.tree_map(_wide, call.kwargs), samples)
+        one_column = [tuple(None if g is None else g[:, column] for g in cotangents) for column in range(columns)]
+        factors = stack_columns([run(whole, g, samples) for g in one_column])
+    else:
+        x, g = _single(call, cotangents, where)
+        if x.shape[0] != samples:
+            raise CaptureError(
+                f"{where}: its input has shape {tuple(x.shape)}, the model's output {samples} samples; "
+                "the first axis must be the sample axis in both"
+            )
+        if adapter.columns:
+            factors = run(x, g, samples * columns)
+        else:
+            factors = stack_columns([run(x, g[:, column], samples) for column in range(columns)])
+    if any(inner != outer for inner, outer in use.names.items()):
+        factors = factors.renamed(use.names)
+    return factors
+
+
+def _single(call: Record, cotangents: list[Tensor | None], where: str) -> tuple[Tensor, Tensor]:
+    inputs = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+    if len(inputs) != 1 or len(cotangents) != 1:
+        raise CaptureError(
+            f"{where}: the call had {len(inputs)} input tensors and {len(cotangents)} output tensors, and the adapter "
+            "takes one of each; register it with whole_call=True to see them all"
+        )
+    return _wide(inputs[0]), cast(Tensor, cotangents[0])
+
+
+def _wide(leaf: Any) -> Any:
+    """Half-precision tensors in float32: products of them are accumulated there."""
+    if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.itemsize < 4:
+        return leaf.float()
+    return leaf
+
+
+def _check_rows(factors: Any, use: Use, rows: int, where: str) -> None:
+    if not isinstance(factors, Factors):
+        raise CaptureError(f"{where} returned {type(factors).__name__}; an adapter returns Factors")
+    if len(factors) != rows:
+        raise CaptureError(f"{where} returned {len(factors)} rows where the batch has {rows}")
+    expected = {name: tuple(p.shape) for name, p in use.module.named_parameters() if p.requires_grad}
+    if factors.shapes != expected and sorted(factors.shapes.items()) != sorted(expected.items()):
+        raise CaptureError(f"{where} returned rows for parameters {factors.shapes}; the trainable ones are {expected}")

@@ -1,0 +1,97 @@
+"""One check, at a model's first pass, that rows and gradients agree.
+
+Hooks see calls of modules, not uses of parameters. A weight that is also used directly, a module that mixes samples or
+has them on another axis, a wrong adapter: each would give a wrong curvature without a word. So once, for cotangents and
+row weights fixed beforehand, the weighted sum of each block's rows is compared with autograd's gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from curvlib.capture.rows import Pass, block_factors
+from curvlib.errors import CaptureError
+from curvlib.layers import Block
+
+__all__ = ["verify"]
+
+_MIXING = "the model mixes samples (batch statistics in training mode) or has them on another axis than the first"
+
+_COLUMNS = 2
+"""More than one, so that an adapter that confuses columns with samples is found out too."""
+
+
+def verify(blocks: Sequence[Block], current: Pass, outputs: Tensor) -> None:
+    """Compare rows with gradients for every block of a pass; its cotangents are left empty.
+
+    Parameters
+    ----------
+    blocks
+        The blocks to check.
+    current
+        A pass with records and edges.
+    outputs
+        The model's outputs, in the graph.
+
+    Raises
+    ------
+    CaptureError
+        Naming the first block whose rows do not add up to its gradient.
+    """
+    edges = current.edges()
+    if not edges:
+        return
+    # Any fixed numbers without structure will do; drawing random ones would disturb the user's generators.
+    pattern = torch.arange(_COLUMNS * outputs.numel(), device=outputs.device, dtype=torch.float64)
+    cotangents = torch.cos(pattern * pattern + 1).reshape(_COLUMNS, *outputs.shape).to(outputs.dtype)
+    weights = (1.5 + torch.sin(pattern[: _COLUMNS * outputs.shape[0]] * 2)).reshape(_COLUMNS, -1).to(outputs.dtype)
+    weighted = (cotangents * weights.reshape(_COLUMNS, -1, *([1] * (outputs.ndim - 1)))).sum(0)
+    parameters = [p for block in blocks for p in block.parameters.values()]
+    places = [edge for _, _, edge in edges]
+    columns = [
+        torch.autograd.grad(outputs, places, cotangent, retain_graph=True, allow_unused=True)
+        for cotangent in cotangents
+    ]
+    arrived = [None if one[0] is None else torch.stack(one, dim=1) for one in zip(*columns, strict=True)]
+    truth = torch.autograd.grad(outputs, parameters, weighted, retain_graph=True, allow_unused=True)
+    gradients: dict[Tensor, Tensor | None] = dict(zip(parameters, truth, strict=True))
+    for (call, place, _), gradient in zip(edges, arrived, strict=True):
+        call.cotangents[place] = gradient
+    coarse = max(torch.finfo(t.dtype).eps for t in (outputs, *(g for g in arrived if g is not None)))
+    try:
+        for block in blocks:
+            _compare(block, current, gradients, weights.T.reshape(-1), tolerance=min(10 * math.sqrt(coarse), 0.3))
+    finally:
+        for call, place, _ in edges:
+            call.cotangents[place] = None
+
+
+def _compare(
+    block: Block, current: Pass, gradients: dict[Tensor, Tensor | None], weights: Tensor, tolerance: float
+) -> None:
+    factors = block_factors(block, current)
+    if factors is None and all(gradients[p] is None for p in block.parameters.values()):
+        return
+    if factors is None:
+        raise CaptureError(
+            f"block {block.name!r} has a gradient, but its module was not called in the model's forward pass: its "
+            "parameters are used without calling it. Register an adapter for the module that uses them "
+            "(curvlib.layers.register), or freeze them"
+        )
+    sums = factors.rmatvec(weights.to(factors.row_weights(1.0)))
+    for name, parameter in block.parameters.items():
+        gradient = gradients[parameter]
+        expected = torch.zeros_like(sums[name]) if gradient is None else gradient.to(sums[name])
+        size, difference = float(expected.norm()), float((sums[name] - expected).norm())
+        if math.isfinite(size) and not difference <= tolerance * max(size, float(sums[name].norm())):
+            modules = ", ".join(sorted({type(use.module).__name__ for use in block.uses}))
+            raise CaptureError(
+                f"block {block.name!r} ({modules}): the rows of parameter {name!r} do not add up to its gradient "
+                f"(relative difference {difference / max(size, 1e-300):.1e}). Either the parameter is also used "
+                f"outside calls of its module, or {_MIXING}, or the adapter is wrong. Register an adapter for the module that "
+                "uses it, or pass verify=False if the difference is meant"
+            )

@@ -1,0 +1,98 @@
+"""The array namespace: the same answer in every library, clear failures, state that survives a checkpoint."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from curvlib import arrays
+from curvlib.errors import CurvatureError, NotPositiveDefiniteError
+from curvlib.factors import OuterProduct
+from curvlib.solvers import Woodbury
+
+
+@pytest.fixture(params=["torch", "numpy"])
+def array(request):
+    return torch.from_numpy if request.param == "torch" else (lambda values: values)
+
+
+def spd(n=5, batch=()):
+    root = np.random.default_rng(0).standard_normal((*batch, n, n))
+    return root @ np.swapaxes(root, -1, -2) + np.eye(n)
+
+
+def test_contractions_of_three_operands_follow_a_planned_path(array):
+    rng = np.random.default_rng(0)
+    a, b, c = rng.standard_normal((4, 3)), rng.standard_normal((3, 5)), rng.standard_normal((5, 2))
+    np.testing.assert_allclose(arrays.contract("ij,jk,kl->il", array(a), array(b), array(c)), a @ b @ c)
+    np.testing.assert_allclose(arrays.contract("ij,jk->ik", array(a), array(b)), a @ b)
+
+
+def test_cholesky_solves_vectors_and_batches(array):
+    rhs = np.random.default_rng(1).standard_normal((3, 5, 2))
+    factor = arrays.cholesky(array(spd(batch=(3,))))
+    np.testing.assert_allclose(arrays.cholesky_solve(factor, array(rhs)), np.linalg.solve(spd(batch=(3,)), rhs))
+    single = arrays.cholesky(array(spd()))
+    np.testing.assert_allclose(arrays.cholesky_solve(single, array(rhs[0, :, 0])), np.linalg.solve(spd(), rhs[0, :, 0]))
+
+
+@pytest.mark.parametrize("bad", [-np.eye(3), np.zeros((3, 3)), np.full((3, 3), np.nan), np.diag([1.0, np.inf, 1.0])])
+def test_what_is_not_positive_definite_says_so(array, bad):
+    with pytest.raises(NotPositiveDefiniteError, match=r"\(3, 3\)"):
+        arrays.cholesky(array(bad))
+
+
+def test_small_operations(array):
+    matrix = array(spd())
+    np.testing.assert_allclose(arrays.add_diagonal(matrix, 2.0), spd() + 2 * np.eye(5))
+    np.testing.assert_allclose(arrays.trace(matrix), np.trace(spd()))
+    assert arrays.is_finite(matrix)
+    assert not arrays.is_finite(array(np.array([1.0, np.nan])))
+    assert arrays.nbytes(matrix) == 200
+    assert arrays.widen(array(spd().astype(np.float32))).dtype == matrix.dtype
+    left, right = {"a": matrix, "b": matrix}, {"a": matrix, "b": 2 * matrix}
+    np.testing.assert_allclose(arrays.dot(left, right), 3 * (spd() ** 2).sum())
+
+
+def test_mixed_libraries_are_refused():
+    with pytest.raises(TypeError):
+        arrays.namespace(torch.ones(1), np.ones(1))
+
+
+def test_state_survives_a_checkpoint_that_may_not_run_code():
+    factors = OuterProduct(torch.randn(4, 30), torch.randn(4, 1, 20), bias="bias", samples=4)
+    estimate = Woodbury().update(None, factors)
+    buffer = io.BytesIO()
+    torch.save(arrays.pack({"a": estimate, "b": [1, "x", None, 2.5]}), buffer)
+    buffer.seek(0)
+    back = arrays.unpack(torch.load(buffer, weights_only=True))
+    assert back["b"] == (1, "x", None, 2.5)
+    assert type(back["a"]) is type(estimate)
+    assert isinstance(back["a"].factors, OuterProduct)
+    assert torch.equal(back["a"].kernel, estimate.kernel)
+    assert torch.equal(back["a"].factors.inputs, factors.inputs)
+    assert back["a"].factors.bias == "bias"
+
+
+def test_arrays_inside_state_can_be_mapped():
+    factors = OuterProduct(torch.ones(2, 3), torch.ones(2, 1, 2), samples=2)
+    doubled = arrays.map_arrays(lambda a: a.double(), {"x": (factors, [torch.ones(1)]), "y": "text"})
+    assert doubled["x"][0].inputs.dtype == torch.float64
+    assert doubled["x"][1][0].dtype == torch.float64
+    assert doubled["y"] == "text"
+
+
+def test_foreign_state_is_refused():
+    @dataclasses.dataclass
+    class Unknown:
+        x: int = 0
+
+    with pytest.raises(CurvatureError, match="Unknown cannot be saved"):
+        arrays.pack(Unknown())
+    with pytest.raises(CurvatureError, match="unknown here"):
+        arrays.unpack({"__kind__": "os.system", "command": "ls"})
+    packed = arrays.pack(OuterProduct(torch.ones(2, 3), torch.ones(2, 1, 2)))
+    with pytest.raises(CurvatureError, match="does not fit this version"):
+        arrays.unpack({**packed, "surplus": 1})
