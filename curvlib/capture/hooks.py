@@ -10,6 +10,7 @@ A pass is held by the graph of its own outputs, so a forward pass that no backwa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,7 @@ class Capture:
         self._output = output
         self._every_pass = every_pass
         self._unchecked = check
+        self._numbers = itertools.count()
         self._current: Pass | None = None
         self._used: list[Pass] = []
         self._pulling_back = False
@@ -104,7 +106,8 @@ class Capture:
         CaptureError
             If what was recorded makes no exact rows.
         """
-        passes, self._used = self._used, []
+        # Backward visits the last pass first; rows are in the order of the forward passes.
+        passes, self._used = sorted(self._used, key=lambda one: one.number), []
         observations = sum(one.observations for one in passes)
         if isinstance(self.fisher, Empirical):
             scale = self.fisher.scale(observations)
@@ -123,7 +126,7 @@ class Capture:
         return self.armed and not self._pulling_back and torch.is_grad_enabled()
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        self._current = Pass() if self._listening() else None
+        self._current = Pass(next(self._numbers)) if self._listening() else None
 
     def _recorder(self, use: Use) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -32,6 +32,7 @@ class Record:
 class Pass:
     """One forward pass: the records of every use, and the Factors made of them."""
 
+    number: int = 0
     records: dict[Use, list[Record]] = field(default_factory=dict)
     samples: int = 0
     observations: int = 0

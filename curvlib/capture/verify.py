@@ -92,6 +92,6 @@ def _compare(
             raise CaptureError(
                 f"block {block.name!r} ({modules}): the rows of parameter {name!r} do not add up to its gradient "
                 f"(relative difference {difference / max(size, 1e-300):.1e}). Either the parameter is also used "
-                f"outside calls of its module, or {_MIXING}, or the adapter is wrong. Register an adapter for the module that "
-                "uses it, or pass verify=False if the difference is meant"
+                f"outside calls of its module, or {_MIXING}, or the adapter is wrong. Register an adapter for the "
+                "module that uses it, or pass verify=False if the difference is meant"
             )
