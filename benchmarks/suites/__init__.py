@@ -1,0 +1,1 @@
+"""asv benchmarks of curvlib: one class a question, construction in `setup`, fixed seeds."""

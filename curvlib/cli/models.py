@@ -1,0 +1,124 @@
+"""The networks that the command line trains, each adapted to the data's channels, size and classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import nn
+
+from curvlib.errors import ConfigurationError
+
+__all__ = ["MODELS", "ModelSpec"]
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One network of the table.
+
+    Parameters
+    ----------
+    build
+        From the image's shape ``(channels, height, width)`` and the number of classes to the network.
+    description
+        One line for the help and the report.
+    minimum_size
+        The smallest height and width that survive the pooling.
+    reconstructs
+        Whether the network reproduces its input instead of naming a class.
+    cpu_evaluation_samples
+        How many images an evaluation uses on a CPU by default.
+    """
+
+    build: Callable[[Shape, int], nn.Module]
+    description: str
+    minimum_size: int = 1
+    reconstructs: bool = False
+    cpu_evaluation_samples: int = 10_000
+
+    def __call__(self, shape: Shape, classes: int) -> nn.Module:
+        """Build the network, or say that the images are too small for it."""
+        if min(shape[1:]) < self.minimum_size:
+            raise ConfigurationError(
+                f"images of {shape[1]}x{shape[2]} pixels are too small for this model, which needs "
+                f"{self.minimum_size}x{self.minimum_size}: choose another --model or --data"
+            )
+        return self.build(shape, classes)
+
+
+def _convolution(channels_in: int, channels_out: int, stride: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1), nn.ReLU()]
+
+
+def _perceptron(widths: list[int]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for width_in, width_out in pairwise(widths):
+        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+    return layers[:-1]
+
+
+def _convnet(shape: Shape, classes: int) -> nn.Module:
+    channels, height, width = shape
+    return nn.Sequential(
+        *_convolution(channels, 128),
+        *_convolution(128, 128),
+        *_convolution(128, 128),
+        nn.MaxPool2d(3),
+        nn.Flatten(),
+        *_perceptron([128 * (height // 3) * (width // 3), 500, classes]),
+    )
+
+
+def _small_convnet(shape: Shape, classes: int) -> nn.Module:
+    channels, height, width = shape
+    # The stride halves with rounding up, each pooling with rounding down.
+    pooled = [(side + 1) // 2 // 2 // 2 for side in (height, width)]
+    return nn.Sequential(
+        *_convolution(channels, 16, stride=2),
+        nn.MaxPool2d(2),
+        *_convolution(16, 32),
+        nn.MaxPool2d(2),
+        *_convolution(32, 64),
+        nn.Flatten(),
+        *_perceptron([64 * pooled[0] * pooled[1], 128, classes]),
+    )
+
+
+def _mlp(shape: Shape, classes: int) -> nn.Module:
+    channels, height, width = shape
+    return nn.Sequential(nn.Flatten(), *_perceptron([channels * height * width, 1000, 500, classes]))
+
+
+def _autoencoder(shape: Shape, classes: int) -> nn.Module:
+    channels, height, width = shape
+    pixels = channels * height * width
+    return nn.Sequential(
+        nn.Flatten(),
+        *_perceptron([pixels, 1000, 500, 250, 30]),
+        *_perceptron([30, 250, 500, 1000, pixels]),
+    )
+
+
+MODELS: dict[str, ModelSpec] = {
+    "small-convnet": ModelSpec(
+        _small_convnet,
+        "3x3 convolutions of 16 (stride 2), 32 and 64 channels with ReLU, two MaxPool(2), linear layers of 128 and "
+        "the classes",
+        minimum_size=7,
+    ),
+    "convnet": ModelSpec(
+        _convnet,
+        "three 3x3 convolutions of 128 channels with ReLU, MaxPool(3), linear layers of 500 and the classes",
+        minimum_size=3,
+        cpu_evaluation_samples=1_000,
+    ),
+    "mlp": ModelSpec(_mlp, "linear layers of 1000, 500 and the classes with ReLU"),
+    "autoencoder": ModelSpec(
+        _autoencoder,
+        "linear layers of 1000-500-250-30-250-500-1000 with ReLU, a linear code of 30, one Bernoulli a pixel",
+        reconstructs=True,
+    ),
+}
