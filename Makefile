@@ -25,7 +25,8 @@ race: $(STAMP)  ## train one network with several optimizers for equal time; rep
 	$(BIN)/curvlib race --out $(OUT) $(ARGS)
 
 test: $(STAMP)  ## run the test suite with coverage
-	$(BIN)/python -m pytest --cov=curvlib --cov-report=term:skip-covered --cov-fail-under=95 $(ARGS)
+	$(BIN)/python -m coverage run -m pytest $(ARGS)
+	$(BIN)/python -m coverage report --skip-covered --fail-under=95
 
 lint: $(STAMP)  ## check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from curvlib.capture.rows import Pass, Record, block_factors
+from curvlib.capture.rows import Pass, Place, Record, block_factors
 from curvlib.capture.verify import verify
 from curvlib.errors import CaptureError
 from curvlib.factors import Factors, cat
@@ -137,18 +136,20 @@ class Capture:
                 return
             inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             args, kwargs = pytree.tree_map(_detached, (args, kwargs))
+            places = [Place(tensor) if tensor.requires_grad else None for tensor in tensors]
             call = Record(
                 args,
                 kwargs,
                 versions=[(tensor.detach(), tensor._version) for tensor in inputs],
-                edges=[get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in tensors],
+                places=places,
+                edges=[],
                 cotangents=[None] * len(tensors),
             )
+            for index, place in enumerate(places):
+                if place is not None and self.fisher.needs_backward:
+                    place.tensor.register_hook(self._keeper(call, index))  # type: ignore[no-untyped-call]  # in torch
+                call.edges.append(None if place is None else place.release())
             self._current.records.setdefault(use, []).append(call)
-            if self.fisher.needs_backward:
-                for place, tensor in enumerate(tensors):
-                    if tensor.requires_grad:
-                        tensor.register_hook(self._keeper(call, place))  # type: ignore[no-untyped-call]  # untyped in torch
 
         return record
 
@@ -196,11 +197,13 @@ class Capture:
             )
         return output
 
-    def _keeper(self, call: Record, place: int) -> Callable[[Tensor], None]:
+    def _keeper(self, call: Record, index: int) -> Callable[[Tensor], None]:
         def keep(gradient: Tensor) -> None:
             if not self._pulling_back:
-                before, now = call.cotangents[place], gradient.detach()[:, None]
-                call.cotangents[place] = now if before is None else before + now
+                before = call.cotangents[index]
+                call.arrived(index, [gradient.detach()])
+                now = call.cotangents[index]
+                call.cotangents[index] = now if before is None or now is None else before + now
 
         return keep
 
@@ -226,15 +229,15 @@ class Capture:
             )
         edges = [edge for _, _, edge in places]
         if columns.shape[0] == 1:
-            gradients: Any = torch.autograd.grad(outputs, edges, columns[0], retain_graph=True, allow_unused=True)
-            gradients = [None if gradient is None else gradient[:, None] for gradient in gradients]
+            gradients = torch.autograd.grad(outputs, edges, columns[0], retain_graph=True, allow_unused=True)
+            for (call, index, _), gradient in zip(places, gradients, strict=True):
+                call.arrived(index, [gradient])
         else:
-            gradients = torch.autograd.grad(
+            batches = torch.autograd.grad(
                 outputs, edges, columns, retain_graph=True, allow_unused=True, is_grads_batched=True
             )
-            gradients = [None if gradient is None else gradient.movedim(0, 1) for gradient in gradients]
-        for (call, place, _), gradient in zip(places, gradients, strict=True):
-            call.cotangents[place] = gradient
+            for (call, index, _), batch in zip(places, batches, strict=True):
+                call.arrived(index, [] if batch is None else batch.unbind())
 
     def _factors(self, current: Pass) -> dict[str, Factors]:
         made = {block.name: block_factors(block, current) for block in self.blocks}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from curvlib.errors import CaptureError
@@ -17,6 +19,36 @@ from curvlib.layers import Block, Call, Use
 __all__ = ["Pass", "Record", "block_factors"]
 
 
+class Place:
+    """Where one output tensor of a call lies in the autograd graph.
+
+    A module may return a view of what it computed, as `torch.nn.Linear` does for sequences. An in-place activation on
+    the view then replaces the view's node in the graph, so the place of a view is that of its base.
+    """
+
+    def __init__(self, output: Tensor) -> None:
+        base = output._base
+        whole = base is not None and base.requires_grad and base.numel() == output.numel()
+        self.tensor = base if whole and base is not None else output
+        self._shape = tuple(output.shape)
+        self._layout = (output.stride(), output.storage_offset() - self.tensor.storage_offset()) if whole else None
+        self._base_layout = (tuple(self.tensor.shape), self.tensor.stride())
+
+    def release(self) -> GradientEdge:
+        """Return the edge into the graph, and let the tensor go."""
+        edge = get_gradient_edge(self.tensor)
+        del self.tensor
+        return edge
+
+    def cotangent(self, gradient: Tensor) -> Tensor:
+        """Cotangent of the output from the gradient that arrived at its place."""
+        if self._layout is None:
+            return gradient
+        stride, offset = self._layout
+        laid_out = torch.empty_strided(*self._base_layout, dtype=gradient.dtype, device=gradient.device)
+        return laid_out.copy_(gradient).as_strided(self._shape, stride, offset)
+
+
 @dataclass(eq=False)
 class Record:
     """One call of one module: what went in, where its outputs lie in the graph, what came back for them."""
@@ -24,8 +56,18 @@ class Record:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     versions: list[tuple[Tensor, int]]
+    places: list[Place | None]  # one an output tensor, None where it needs no gradient
     edges: list[GradientEdge | None]
-    cotangents: list[Tensor | None]  # one an output tensor, shape (n, columns, *output)
+    cotangents: list[Tensor | None]  # shape (n, columns, *output)
+
+    def arrived(self, index: int, gradients: Sequence[Tensor | None]) -> None:
+        """Keep the cotangents of one output from the gradients of all columns."""
+        place = self.places[index]
+        columns = [place.cotangent(one) for one in gradients if one is not None] if place is not None else []
+        if columns:
+            self.cotangents[index] = columns[0].unsqueeze(1) if len(columns) == 1 else torch.stack(columns, dim=1)
+        else:
+            self.cotangents[index] = None
 
 
 @dataclass(eq=False)

@@ -56,12 +56,11 @@ def verify(blocks: Sequence[Block], current: Pass, outputs: Tensor) -> None:
         torch.autograd.grad(outputs, places, cotangent, retain_graph=True, allow_unused=True)
         for cotangent in cotangents
     ]
-    arrived = [None if one[0] is None else torch.stack(one, dim=1) for one in zip(*columns, strict=True)]
     truth = torch.autograd.grad(outputs, parameters, weighted, retain_graph=True, allow_unused=True)
     gradients: dict[Tensor, Tensor | None] = dict(zip(parameters, truth, strict=True))
-    for (call, place, _), gradient in zip(edges, arrived, strict=True):
-        call.cotangents[place] = gradient
-    coarse = max(torch.finfo(t.dtype).eps for t in (outputs, *(g for g in arrived if g is not None)))
+    for (call, place, _), *arrived in zip(edges, *columns, strict=True):
+        call.arrived(place, arrived)
+    coarse = max(torch.finfo(t.dtype).eps for t in (outputs, *(g for g in columns[0] if g is not None)))
     try:
         for block in blocks:
             _compare(block, current, gradients, weights.T.reshape(-1), tolerance=min(10 * math.sqrt(coarse), 0.3))
@@ -77,10 +76,11 @@ def _compare(
     if factors is None and all(gradients[p] is None for p in block.parameters.values()):
         return
     if factors is None:
+        called = any(current.records.get(use) for use in block.uses)
+        how = "no gradient reached its module's output" if called else "its module was not called"
         raise CaptureError(
-            f"block {block.name!r} has a gradient, but its module was not called in the model's forward pass: its "
-            "parameters are used without calling it. Register an adapter for the module that uses them "
-            "(curvlib.layers.register), or freeze them"
+            f"block {block.name!r} has a gradient, but {how} in the model's forward pass: its parameters are "
+            "used in another way. Register an adapter for the module that uses them, or freeze them"
         )
     sums = factors.rmatvec(weights.to(factors.row_weights(1.0)))
     for name, parameter in block.parameters.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -98,9 +99,13 @@ class Empirical(Fisher):
     reduction
         How the loss combines samples: "mean" over all samples of a step (each micro-batch divided by their number, as
         is usual in accumulation) or "sum".
+    loss_scale
+        What the loss is multiplied by before backward: a number, or a function that returns it at the time of the
+        step, such as ``scaler.get_scale`` of a `torch.amp.GradScaler`.
     """
 
     reduction: str = "mean"
+    loss_scale: float | Callable[[], float] = 1.0
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):
@@ -118,7 +123,10 @@ class Empirical(Fisher):
 
     def scale(self, observations: int) -> float:
         """Return what turns a row of the backward pass into the gradient of one sample's loss."""
-        return float(observations) if self.reduction == "mean" else 1.0
+        factor = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
+        if not (math.isfinite(factor) and factor > 0):
+            raise ConfigurationError(f"loss_scale must be a positive finite number, got {factor!r}")
+        return (float(observations) if self.reduction == "mean" else 1.0) / factor
 
 
 def _check_likelihood(fisher: Fisher, likelihood: Likelihood) -> None:

@@ -83,6 +83,8 @@ def fallback(layer: nn.Module, call: Call, cotangents: tuple[Tensor | None, ...]
                 )
         return pull_back(tuple(seed.unsqueeze(0) for seed in sample_seeds))[0]  # type: ignore[no-any-return]  # vjp is untyped
 
+    # functional_call does not put back the parameters of a module that it can reach under two names.
+    before = [(module, dict(module._parameters), dict(module._buffers)) for module in layer.modules()]
     try:
         with torch.enable_grad():
             result = vmap(rows)(batched, seeds)
@@ -94,6 +96,10 @@ def fallback(layer: nn.Module, call: Call, cotangents: tuple[Tensor | None, ...]
             "If it mixes samples (batch statistics) or draws random numbers (dropout) in training mode, put it in eval "
             "mode or leave its parameters to rest=; otherwise register an adapter with curvlib.layers.register"
         ) from error
+    finally:
+        for module, own_parameters, own_buffers in before:
+            module._parameters.update(own_parameters)
+            module._buffers.update(own_buffers)
     return Dense({name: value.detach() for name, value in result.items()})
 
 

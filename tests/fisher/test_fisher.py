@@ -80,6 +80,8 @@ def test_draws_follow_the_seed_and_the_dtype():
         (lambda: Sampled(3), "needs a likelihood"),
         (lambda: Exact("mse"), "needs a likelihood"),
         (lambda: Empirical(reduction="none"), "'mean' or 'sum'"),
+        (lambda: Empirical(loss_scale=0.0).scale(3), "loss_scale must be"),
+        (lambda: Empirical(loss_scale=lambda: math.nan).scale(3), "loss_scale must be"),
         (lambda: Empirical().cotangents(torch.ones(2, 2), None), "call loss.backward"),
         (lambda: Categorical().check(torch.ones(4, dtype=torch.long)), "floating-point outputs"),
         (lambda: Categorical().check(torch.ones(4)), r"\(n, classes, …\).*\(4,\)"),
