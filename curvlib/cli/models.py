@@ -49,8 +49,8 @@ class ModelSpec:
         return self.build(shape, classes)
 
 
-def _convolution(channels_in: int, channels_out: int, stride: int = 1) -> list[nn.Module]:
-    return [nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1), nn.ReLU()]
+def _convolution(channels_in: int, channels_out: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.ReLU()]
 
 
 def _perceptron(widths: list[int]) -> list[nn.Module]:
@@ -60,31 +60,19 @@ def _perceptron(widths: list[int]) -> list[nn.Module]:
     return layers[:-1]
 
 
-def _convnet(shape: Shape, classes: int) -> nn.Module:
-    channels, height, width = shape
-    return nn.Sequential(
-        *_convolution(channels, 128),
-        *_convolution(128, 128),
-        *_convolution(128, 128),
-        nn.MaxPool2d(3),
-        nn.Flatten(),
-        *_perceptron([128 * (height // 3) * (width // 3), 500, classes]),
-    )
+def _paper_convnet(width: int, hidden: int) -> Callable[[Shape, int], nn.Module]:
+    def build(shape: Shape, classes: int) -> nn.Module:
+        channels, height, pixels = shape
+        return nn.Sequential(
+            *_convolution(channels, width),
+            *_convolution(width, width),
+            *_convolution(width, width),
+            nn.MaxPool2d(3),
+            nn.Flatten(),
+            *_perceptron([width * (height // 3) * (pixels // 3), hidden, classes]),
+        )
 
-
-def _small_convnet(shape: Shape, classes: int) -> nn.Module:
-    channels, height, width = shape
-    # The stride halves with rounding up, each pooling with rounding down.
-    pooled = [(side + 1) // 2 // 2 // 2 for side in (height, width)]
-    return nn.Sequential(
-        *_convolution(channels, 16, stride=2),
-        nn.MaxPool2d(2),
-        *_convolution(16, 32),
-        nn.MaxPool2d(2),
-        *_convolution(32, 64),
-        nn.Flatten(),
-        *_perceptron([64 * pooled[0] * pooled[1], 128, classes]),
-    )
+    return build
 
 
 def _mlp(shape: Shape, classes: int) -> nn.Module:
@@ -104,13 +92,13 @@ def _autoencoder(shape: Shape, classes: int) -> nn.Module:
 
 MODELS: dict[str, ModelSpec] = {
     "small-convnet": ModelSpec(
-        _small_convnet,
-        "3x3 convolutions of 16 (stride 2), 32 and 64 channels with ReLU, two MaxPool(2), linear layers of 128 and "
-        "the classes",
-        minimum_size=7,
+        _paper_convnet(16, 128),
+        "three 3x3 convolutions of 16 channels with ReLU, MaxPool(3), linear layers of 128 and the classes: the "
+        "convnet with an eighth of its width",
+        minimum_size=3,
     ),
     "convnet": ModelSpec(
-        _convnet,
+        _paper_convnet(128, 500),
         "three 3x3 convolutions of 128 channels with ReLU, MaxPool(3), linear layers of 500 and the classes",
         minimum_size=3,
         cpu_evaluation_samples=1_000,

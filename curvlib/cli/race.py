@@ -109,7 +109,7 @@ def enter(task: Task, name: str, values: Mapping[str, Value], seed: int, rules: 
 
 def race(
     task: Task,
-    contestants: Mapping[str, Mapping[str, Value]],
+    contestants: Sequence[tuple[str, Mapping[str, Value]]],
     seed: int,
     rules: RaceRules,
     observer: Observer,
@@ -123,7 +123,7 @@ def race(
     task
         The data, network and loss.
     contestants
-        The hyperparameters of each contestant by its name.
+        Names with hyperparameters; a name may come several times, with other hyperparameters.
     seed
         The seed of the initial parameters, the batch order and the optimizers.
     rules
@@ -136,7 +136,7 @@ def race(
     clock
         Seconds from a monotonic clock.
     """
-    for name, values in contestants.items():
+    for name, values in contestants:
         observer.warming_up(name)
         _warm_up(enter(task, name, values, seed, rules), task, rules.warmup_steps)
         entrants.append(enter(task, name, values, seed, rules))

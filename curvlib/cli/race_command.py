@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, console: Console | None = None) -> int:
     try:
         with RaceProgress(console, rules.seconds) as progress:
             for seed in range(args.seed, args.seed + args.seeds):
-                race(task, contestants, seed, rules, progress, entrants)
+                race(task, list(contestants.items()), seed, rules, progress, entrants)
     except KeyboardInterrupt:
         interrupted = True
         console.print("[bold]interrupted[/bold]: keeping what was measured")

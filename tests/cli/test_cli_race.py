@@ -45,7 +45,7 @@ def run_race(task, names, rules, overrides=None, tick=0.125):
     ticks = itertools.count()
     chosen = {name: hyperparameters(name, "mlp", (overrides or {}).get(name, {})) for name in names}
     entrants = []
-    race(task, chosen, 0, rules, Silent(), entrants, clock=lambda: next(ticks) * tick)
+    race(task, list(chosen.items()), 0, rules, Silent(), entrants, clock=lambda: next(ticks) * tick)
     return entrants
 
 
@@ -312,7 +312,7 @@ def test_progress(task, monkeypatch, terminal):
     ticks = itertools.count()
     with RaceProgress(console, 1.0) as progress:
         rules = RaceRules(1.0, turn=0.5, evaluation_samples=10)
-        race(task, chosen, 0, rules, progress, entrants, clock=lambda: next(ticks) * 0.1)
+        race(task, list(chosen.items()), 0, rules, progress, entrants, clock=lambda: next(ticks) * 0.1)
     shown = console.file.getvalue()
     assert "sgd: finished" in shown
     assert "steps/s" in shown

@@ -53,7 +53,7 @@ def test_autoencoder_is_the_papers():
 
 def test_images_too_small_for_a_model():
     with pytest.raises(ConfigurationError, match="too small"):
-        MODELS["small-convnet"]((1, 6, 28), 10)
+        MODELS["small-convnet"]((1, 2, 28), 10)
 
 
 @pytest.fixture(scope="module")

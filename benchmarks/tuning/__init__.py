@@ -1,0 +1,1 @@
+"""Grids on which the race's contestants are tuned, and their results."""
