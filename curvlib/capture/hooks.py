@@ -180,7 +180,11 @@ class Capture:
         if self._every_pass:
             self._used.append(current)
         else:
-            outputs.register_hook(self._marker(current))  # type: ignore[no-untyped-call]  # untyped in torch
+            # Whatever the model returns may be what the loss is made of; `output` may have made a new tensor.
+            mark = self._marker(current)
+            for tensor in pytree.tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(mark)  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _select(self, output: Any) -> Tensor:
         if self._output is not None:

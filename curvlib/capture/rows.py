@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from curvlib.errors import CaptureError
 from curvlib.factors import Factors
 from curvlib.factors.combine import stack_columns
-from curvlib.layers import Block, Call, Use
+from curvlib.layers import Adapter, Block, Call, Use
 
 __all__ = ["Pass", "Record", "block_factors"]
 
@@ -58,14 +58,14 @@ class Record:
     versions: list[tuple[Tensor, int]]
     places: list[Place | None]  # one an output tensor, None where it needs no gradient
     edges: list[GradientEdge | None]
-    cotangents: list[Tensor | None]  # shape (n, columns, *output)
+    cotangents: list[Tensor | None]  # shape (columns, *output)
 
     def arrived(self, index: int, gradients: Sequence[Tensor | None]) -> None:
         """Keep the cotangents of one output from the gradients of all columns."""
         place = self.places[index]
         columns = [place.cotangent(one) for one in gradients if one is not None] if place is not None else []
         if columns:
-            self.cotangents[index] = columns[0].unsqueeze(1) if len(columns) == 1 else torch.stack(columns, dim=1)
+            self.cotangents[index] = columns[0].unsqueeze(0) if len(columns) == 1 else torch.stack(columns)
         else:
             self.cotangents[index] = None
 
@@ -121,15 +121,8 @@ def _rows(block: Block, use: Use, call: Record, samples: int) -> Factors:
             f"{where}: its input was changed in place after the call, so its rows cannot be formed; "
             "make the operation that changes it out of place"
         )
-    given = [cotangent for cotangent in call.cotangents if cotangent is not None]
-    for cotangent in given:
-        if cotangent.shape[0] != samples:
-            raise CaptureError(
-                f"{where}: its output has {cotangent.shape[0]} rows on the first axis, the model's output {samples} "
-                "samples; the first axis must be the sample axis in both"
-            )
-    columns = given[0].shape[1]
-    cotangents = [None if cotangent is None else _wide(cotangent) for cotangent in call.cotangents]
+    cotangents = tuple(None if cotangent is None else _wide(cotangent) for cotangent in call.cotangents)
+    columns = next(int(cotangent.shape[0]) for cotangent in cotangents if cotangent is not None)
     adapter = use.adapter
 
     def run(x: Any, g: Any, rows: int) -> Factors:
@@ -139,25 +132,44 @@ def _rows(block: Block, use: Use, call: Record, samples: int) -> Factors:
 
     if adapter.whole_call:
         whole = Call(pytree.tree_map(_wide, call.args), pytree.tree_map(_wide, call.kwargs), samples)
-        one_column = [tuple(None if g is None else g[:, column] for g in cotangents) for column in range(columns)]
-        factors = stack_columns([run(whole, g, samples) for g in one_column])
-    else:
-        x, g = _single(call, cotangents, where)
-        if x.shape[0] != samples:
-            raise CaptureError(
-                f"{where}: its input has shape {tuple(x.shape)}, the model's output {samples} samples; "
-                "the first axis must be the sample axis in both"
-            )
         if adapter.columns:
-            factors = run(x, g, samples * columns)
+            factors = run(whole, cotangents, samples * columns)
         else:
-            factors = stack_columns([run(x, g[:, column], samples) for column in range(columns)])
+            one_column = [tuple(None if g is None else g[column] for g in cotangents) for column in range(columns)]
+            factors = stack_columns([run(whole, g, samples) for g in one_column])
+    else:
+        x, g = _samples_first(adapter, *_single(call, cotangents, where), samples, where)
+        if adapter.columns:
+            factors = run(x, g.movedim(0, 1), samples * columns)
+        else:
+            factors = stack_columns([run(x, one, samples) for one in g])
     if any(inner != outer for inner, outer in use.names.items()):
         factors = factors.renamed(use.names)
     return factors
 
 
-def _single(call: Record, cotangents: list[Tensor | None], where: str) -> tuple[Tensor, Tensor]:
+def _samples_first(adapter: Adapter, x: Tensor, g: Tensor, samples: int, where: str) -> tuple[Tensor, Tensor]:
+    """Bring the sample axis of input and cotangents to the front, where the adapter's layer allows it elsewhere.
+
+    What is guessed here (equal sizes do not prove equal meaning) is found out by the check of the first pass.
+    """
+    shape = g.shape[1:]
+    if x.shape[0] == shape[0] == samples:
+        return x, g
+    if adapter.positionwise:
+        shared = min(x.ndim, len(shape))
+        for axis in range(1, shared):
+            if x.shape[axis] == shape[axis] == samples:
+                return x.movedim(axis, 0), g.movedim(axis + 1, 1)
+        if x.shape[0] == shape[0] and x.shape[0] % samples == 0:
+            return x.unflatten(0, (samples, -1)), g.unflatten(1, (samples, -1))  # type: ignore[no-untyped-call]
+    raise CaptureError(
+        f"{where}: its input has shape {tuple(x.shape)} and its output {tuple(shape)}, the model's output {samples} "
+        "samples; the first axis must be the sample axis in all of them"
+    )
+
+
+def _single(call: Record, cotangents: tuple[Tensor | None, ...], where: str) -> tuple[Tensor, Tensor]:
     inputs = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
     if len(inputs) != 1 or len(cotangents) != 1:
         raise CaptureError(

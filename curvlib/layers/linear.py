@@ -10,7 +10,7 @@ from curvlib.layers.registry import register
 __all__ = ["linear"]
 
 
-@register(nn.Linear, columns=True)
+@register(nn.Linear, columns=True, positionwise=True)
 def linear(layer: nn.Linear, x: Tensor, g: Tensor) -> Factors:
     """Rows ``g [x, 1]ᵀ``, summed over the positions between the sample axis and the features.
 

@@ -31,6 +31,8 @@ class Adapter:
         shape ``(n, *output)``.
     whole_call
         Whether x is the whole recorded call (`curvlib.layers.Call`) and g one cotangent for every output tensor.
+    positionwise
+        Whether the layer acts on the last axis alone, so that the sample axis may be any of the others.
     closed_form
         Whether the rows come from a formula; otherwise from `torch.func`.
     """
@@ -39,6 +41,7 @@ class Adapter:
     function: Callable[..., Factors]
     columns: bool = False
     whole_call: bool = False
+    positionwise: bool = False
     closed_form: bool = True
 
 
@@ -46,7 +49,11 @@ _ADAPTERS: dict[type[nn.Module], Adapter] = {}
 
 
 def register(
-    *classes: type[nn.Module], columns: bool = False, whole_call: bool = False, replace: bool = False
+    *classes: type[nn.Module],
+    columns: bool = False,
+    whole_call: bool = False,
+    positionwise: bool = False,
+    replace: bool = False,
 ) -> Callable[[F], F]:
     """Decorator that makes a function the adapter of the given layer classes and of their subclasses.
 
@@ -59,7 +66,12 @@ def register(
         Set when the function takes g with an axis of columns, shape ``(n, columns, *output)``. Without it the function
         sees g of shape ``(n, *output)``, once for each column.
     whole_call
-        Set when the function needs all arguments (`curvlib.layers.Call`) and the cotangents of all outputs.
+        Set when the function needs all arguments: x is then a `curvlib.layers.Call`, and g a tuple with the cotangent
+        of every output tensor in its own shape (behind an axis of columns if `columns` is set too), None where none
+        arrived.
+    positionwise
+        Set when the layer acts on the last axis alone, as `torch.nn.Linear` does: its sample axis may then be any of
+        the others, and comes first in x and g.
     replace
         Set to replace an adapter that is there.
 
@@ -102,7 +114,7 @@ def register(
         closed = not getattr(function, "uses_torch_func", False)
         name = getattr(function, "__name__", repr(function))
         for cls in classes:
-            _ADAPTERS[cls] = Adapter(name, function, columns, whole_call or not closed, closed)
+            _ADAPTERS[cls] = Adapter(name, function, columns, whole_call or not closed, positionwise, closed)
         return function
 
     return decorate

@@ -250,9 +250,9 @@ def test_an_adapter_of_one_tensor_refuses_calls_with_two():
 def test_the_input_must_have_the_samples_first_too():
     class Wrapped(nn.Linear):
         def forward(self, x):
-            return super().forward(x.T)
+            return super().forward(x.T[:, :4])
 
-    with pytest.raises(CaptureError, match=r"input has shape \(4, 3\), the model's output 3 samples"):
+    with pytest.raises(CaptureError, match=r"input has shape \(4, 3\) and its output \(3, 2\).*3 samples"):
         curvlib.collect(Wrapped(4, 2), curvlib.Exact(), torch.randn(4, 3))
 
 
@@ -286,3 +286,31 @@ def test_a_model_whose_output_needs_no_gradient_is_left_alone():
             return self.body(x).detach()
 
     assert curvlib.collect(Constant(), curvlib.Exact(), torch.randn(3, 4)) == {}
+
+
+def test_an_output_that_is_made_anew_counts_when_the_loss_uses_the_original():
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.body(x.transpose(0, 1))
+
+    model = SequenceFirst().double()
+    x, labels = torch.randn(5, 7, 4, dtype=torch.float64), torch.arange(35).reshape(7, 5) % 3
+    optimizer = curvlib.compose(
+        model,
+        fisher=curvlib.Exact(curvlib.Categorical(dim=-1)),
+        solver=curvlib.Woodbury(),
+        damping=0.1,
+        lr=1.0,
+        output=lambda out: out.transpose(0, 1),
+    )
+    functional.cross_entropy(model(x).flatten(0, 1), labels.flatten()).backward()
+    optimizer.step()
+    optimizer.detach()
+    samples_first = curvlib.collect(nn.Sequential(model.body), optimizer.fisher, x)["0"]
+    torch.testing.assert_close(
+        optimizer.curvature["body"].estimate.matrix, samples_first.covariance() / samples_first.normalizer
+    )

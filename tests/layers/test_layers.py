@@ -212,19 +212,43 @@ def test_batch_statistics_are_refused_and_eval_mode_is_exact():
     assert list(collect(model, torch.randn(6, 4))) == ["0", "1", "2"]
 
 
-def test_a_first_axis_that_is_not_the_samples_is_refused():
-    class Transposed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+class SequenceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
 
-        def forward(self, x):
-            return self.head(self.body(x.transpose(0, 1)).mean(0))
+    def forward(self, x):
+        return self.head(self.body(x.transpose(0, 1)).mean(0))
 
-    with pytest.raises(CaptureError, match=r"block 'body'.*7 rows on the first axis.*5 samples"):
-        collect(Transposed(), torch.randn(5, 7, 4))
+
+class Merged(SequenceFirst):
+    def forward(self, x):
+        return self.head(self.body(x.flatten(0, 1)).tanh().unflatten(0, x.shape[:2]).mean(1))
+
+
+@pytest.mark.parametrize("build", [SequenceFirst, Merged])
+def test_positionwise_layers_may_have_their_samples_elsewhere(build):
+    model = build().double()
+    x = torch.randn(5, 7, 4, dtype=torch.float64)
+    taken = collect(model, x)
+    for name, factors in taken.items():
+        parameters = list(model.get_submodule(name).parameters())
+        cotangents = curvlib.Exact().cotangents(model(x).detach(), None).movedim(0, 1)
+        for sample in range(5):
+            for column in range(3):
+                output = (model(x[sample : sample + 1])[0] * cotangents[sample, column]).sum()
+                row = torch.cat([g.flatten() for g in torch.autograd.grad(output, parameters)])
+                torch.testing.assert_close(factors.dense().matrix()[sample * 3 + column], row)
+
+
+def test_a_sample_axis_that_cannot_be_told_is_refused():
     with pytest.raises(CaptureError, match="block 'body'.*on another axis"):
-        collect(Transposed(), torch.randn(5, 5, 4))
+        collect(SequenceFirst(), torch.randn(5, 5, 4))
+    convolutions = nn.Sequential(
+        nn.Flatten(0, 1), nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Unflatten(0, (-1, 2)), nn.Flatten()
+    )
+    with pytest.raises(CaptureError, match=r"input has shape \(10, 2, 6\).*5 samples; the first axis must be"):
+        collect(convolutions, torch.randn(5, 2, 2, 6))
 
 
 def test_mixing_samples_outside_a_module_is_refused():
