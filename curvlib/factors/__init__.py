@@ -1,9 +1,21 @@
 """The per-sample Jacobian of one block in its cheapest exact form, and the algebra on it."""
 
-from curvlib.factors.base import Factors, KroneckerPair
+from curvlib.factors.base import Factors, Sharing
 from curvlib.factors.combine import Sum, cat
 from curvlib.factors.dense import Dense
+from curvlib.factors.kronecker import KroneckerLayout, KroneckerPair, KroneckerRows
 from curvlib.factors.outer import OuterProduct
 from curvlib.factors.shared import SharedOuter
 
-__all__ = ["Dense", "Factors", "KroneckerPair", "OuterProduct", "SharedOuter", "Sum", "cat"]
+__all__ = [
+    "Dense",
+    "Factors",
+    "KroneckerLayout",
+    "KroneckerPair",
+    "KroneckerRows",
+    "OuterProduct",
+    "SharedOuter",
+    "Sharing",
+    "Sum",
+    "cat",
+]

@@ -7,34 +7,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import Self
 
-from curvlib.arrays import Array, Vector, map_arrays, nbytes, record
+from curvlib.arrays import Array, Vector, map_arrays, namespace, nbytes, record
 from curvlib.errors import ConfigurationError
+from curvlib.factors.kronecker import KroneckerPair, KroneckerRows
 
 if TYPE_CHECKING:
     from curvlib.factors.dense import Dense
 
-__all__ = ["Factors", "KroneckerPair"]
+__all__ = ["Factors", "Sharing"]
 
-
-@record
-@dataclass(frozen=True, eq=False)
-class KroneckerPair:
-    """Kronecker factors of JᵀJ: ``JᵀJ ≈ A ⊗ G`` with A over inputs and G over output cotangents.
-
-    Parameters
-    ----------
-    inputs
-        A, shape ``(groups, d, d)``: mean of a aᵀ over the input rows; d counts the implicit 1 of a bias (last).
-    cotangents
-        G, shape ``(groups, d_out, d_out)``: sum of g gᵀ over all rows; divide by `Factors.normalizer` for the Fisher.
-    """
-
-    inputs: Array
-    cotangents: Array
+Sharing = Literal["expand", "reduce"]
+"""How positions that share a weight enter Kronecker factors: each a row of its own, or summed to one row a sample."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +116,14 @@ class Factors(ABC):
         """Diagonal of JᵀJ as a block vector."""
         return self.dense().diagonal()
 
-    def kronecker(self) -> KroneckerPair:
-        """Kronecker factors of JᵀJ.
+    def kronecker_rows(self, sharing: Sharing = "expand") -> KroneckerRows:
+        """Rows of inputs and cotangents apart, for methods that treat them as independent.
+
+        Parameters
+        ----------
+        sharing
+            "expand": every position is a row. "reduce": the mean input and the summed cotangent of a sample are its
+            row (Eschenhagen et al. 2023, arXiv 2311.00636).
 
         Raises
         ------
@@ -141,6 +134,32 @@ class Factors(ABC):
             f"{type(self).__name__} factors of parameters {list(self.shapes)} have no Kronecker form: "
             "use Woodbury, Dense or Diagonal for this block"
         )
+
+    def kronecker(self, sharing: Sharing = "expand") -> KroneckerPair:
+        """Kronecker factors of JᵀJ; raises where `kronecker_rows` does."""
+        return self.kronecker_rows(sharing).pair()
+
+    def rotated_squares(self, inputs: Array, cotangents: Array) -> Array:
+        """Sum over rows of the squares of ``Q_Gᵀ [W, b] Q_A``: the second moments in a Kronecker eigenbasis.
+
+        Parameters
+        ----------
+        inputs, cotangents
+            Q_A, shape ``(groups, d, d)``, and Q_G, shape ``(groups, d_out, d_out)``.
+
+        Returns
+        -------
+        Array
+            Shape ``(groups, d_out, d)``.
+
+        Raises
+        ------
+        ConfigurationError
+            As `kronecker_rows`.
+        """
+        layout = self.kronecker_rows().layout
+        rotated = namespace(inputs).matrix_transpose(cotangents) @ layout.matrix(self.dense().values) @ inputs
+        return (rotated * rotated).sum(axis=0)
 
     # -- new Factors from old -----------------------------------------------------------------------------------------
 

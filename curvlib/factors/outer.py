@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from curvlib.arrays import Array, Vector, contract, namespace
 from curvlib.errors import ConfigurationError
-from curvlib.factors.base import Factors, KroneckerPair, joint_samples
+from curvlib.factors.base import Factors, Sharing, joint_samples
 from curvlib.factors.dense import Dense, full_rows, spread
-from curvlib.factors.shared import SharedOuter, homogeneous, rename
+from curvlib.factors.kronecker import KroneckerLayout, KroneckerRows
+from curvlib.factors.shared import SharedOuter, rename
 
 __all__ = ["OuterProduct"]
 
@@ -119,10 +120,18 @@ class OuterProduct(Factors):
         bias = {} if self.bias is None else {self.bias: squares.sum(axis=0)}
         return weight | bias
 
-    def kronecker(self) -> KroneckerPair:
-        rows = self._flat_cotangents()
-        inputs = homogeneous(self.inputs[None], self.weight is not None, self.bias is not None)
-        return KroneckerPair(inputs=inputs, cotangents=(rows.T @ rows)[None])
+    def kronecker_rows(self, sharing: Sharing = "expand") -> KroneckerRows:
+        layout = KroneckerLayout(self.weight, self.bias, (self.cotangents.shape[2], self.inputs.shape[1]))
+        return KroneckerRows(self.inputs[None], self._flat_cotangents()[None], layout)
+
+    def rotated_squares(self, inputs: Array, cotangents: Array) -> Array:
+        apart = self.kronecker_rows()
+        a = apart.project_inputs(inputs)[0]
+        g = (self.cotangents @ cotangents[0]).reshape(self.cotangents.shape)
+        squares = (g * g).sum(axis=1)
+        if self.weight is None:
+            return squares.sum(axis=0)[None, :, None]
+        return (squares.T @ (a * a))[None]
 
     def rows(self, index: Array) -> OuterProduct:
         return dataclasses.replace(

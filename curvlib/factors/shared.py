@@ -10,8 +10,9 @@ from math import prod
 from curvlib.arrays import Array, Vector, contract, namespace
 from curvlib.errors import ConfigurationError
 from curvlib.factors import cost
-from curvlib.factors.base import Factors, KroneckerPair, joint_samples
+from curvlib.factors.base import Factors, Sharing, joint_samples
 from curvlib.factors.dense import Dense, full_rows, spread
+from curvlib.factors.kronecker import KroneckerLayout, KroneckerRows
 
 __all__ = ["SharedOuter"]
 
@@ -155,15 +156,31 @@ class SharedOuter(Factors):
             result[self.bias] = weighted.sum(axis=(0, 1)).reshape(-1)
         return result
 
-    def kronecker(self) -> KroneckerPair:
-        """KFAC-expand: every position is a row of its own (Eschenhagen et al. 2023, arXiv 2311.00636)."""
+    def kronecker_rows(self, sharing: Sharing = "expand") -> KroneckerRows:
         groups, d_in = self.inputs.shape[2:]
-        xp = namespace(self.inputs)
-        inputs = xp.permute_dims(self.inputs, (2, 0, 1, 3)).reshape(groups, -1, d_in)
-        return KroneckerPair(
-            inputs=homogeneous(inputs, self.weight is not None, self.bias is not None),
-            cotangents=contract("ncrgo,ncrgp->gop", self.cotangents, self.cotangents),
+        inputs, cotangents = self.inputs, self.cotangents
+        if sharing == "reduce":
+            inputs = inputs.sum(axis=1)[:, None] / inputs.shape[1]
+            cotangents = cotangents.sum(axis=2)[:, :, None]
+        xp = namespace(inputs)
+        return KroneckerRows(
+            xp.permute_dims(inputs, (2, 0, 1, 3)).reshape(groups, -1, d_in),
+            xp.permute_dims(cotangents, (3, 0, 1, 2, 4)).reshape(groups, -1, cotangents.shape[4]),
+            KroneckerLayout(self.weight, self.bias, self.weight_shape, groups),
         )
+
+    def rotated_squares(self, inputs: Array, cotangents: Array) -> Array:
+        layout = self.kronecker_rows().layout
+        rotated = contract("ncrgo,gop->ncrgp", self.cotangents, cotangents)
+        if layout.weight is None:
+            summed = rotated.sum(axis=2)
+            return (summed * summed).sum(axis=(0, 1))[:, :, None]
+        d_in = self.inputs.shape[3]
+        a = contract("nrgi,gij->nrgj", self.inputs, inputs[:, :d_in])
+        if self.bias is not None:
+            a = a + inputs[:, d_in]
+        rows = contract("ncrgo,nrgi->ncgoi", rotated, a)
+        return (rows * rows).sum(axis=(0, 1))
 
     def rows(self, index: Array) -> SharedOuter:
         flat = self.cotangents.reshape(len(self), 1, *self.cotangents.shape[2:])
@@ -213,35 +230,6 @@ class SharedOuter(Factors):
 
     def renamed(self, names: Mapping[str, str]) -> SharedOuter:
         return dataclasses.replace(self, weight=rename(self.weight, names), bias=rename(self.bias, names))
-
-
-def homogeneous(inputs: Array, weight: bool, bias: bool) -> Array:
-    """Mean of ``[a, 1][a, 1]ᵀ`` over rows, without appending the 1 to a.
-
-    Parameters
-    ----------
-    inputs
-        Shape ``(groups, rows, d_in)``.
-    weight, bias
-        Which of the two parts the block has.
-
-    Returns
-    -------
-    Array
-        Shape ``(groups, d, d)`` with ``d = weight · d_in + bias``.
-    """
-    xp = namespace(inputs)
-    rows = inputs.shape[1]
-    one = xp.ones_like(inputs[:, :1, :1])
-    if not weight:
-        return one
-    second = xp.matrix_transpose(inputs) @ inputs / rows
-    if not bias:
-        return second
-    mean = inputs.sum(axis=1)[:, :, None] / rows
-    top = xp.concat([second, mean], axis=2)
-    bottom = xp.concat([xp.matrix_transpose(mean), one], axis=2)
-    return xp.concat([top, bottom], axis=1)
 
 
 def rename(name: str | None, names: Mapping[str, str]) -> str | None:

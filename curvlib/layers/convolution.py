@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curvlib.arrays import Array, Vector
-from curvlib.factors import Dense, Factors, KroneckerPair, SharedOuter, cost
-from curvlib.factors.base import joint_samples
+from curvlib.factors import Dense, Factors, KroneckerRows, SharedOuter, cost
+from curvlib.factors.base import Sharing, joint_samples
 from curvlib.factors.dense import full_rows, spread
 from curvlib.factors.shared import rename
 from curvlib.layers.linear import trainable
@@ -179,8 +179,11 @@ class ConvolutionFactors(Factors):
             result[self.bias] = weighted.flatten(2).sum(-1).sum(0)
         return result
 
-    def kronecker(self) -> KroneckerPair:
-        return self.patches().kronecker()
+    def kronecker_rows(self, sharing: Sharing = "expand") -> KroneckerRows:
+        return self.patches().kronecker_rows(sharing)
+
+    def rotated_squares(self, inputs: Array, cotangents: Array) -> Array:
+        return self.patches().rotated_squares(inputs, cotangents)
 
     def rows(self, index: Array) -> ConvolutionFactors:
         flat = self.cotangents.reshape(len(self), 1, *self.cotangents.shape[2:])

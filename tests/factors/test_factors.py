@@ -315,3 +315,37 @@ def test_columns_interleave_within_samples():
 def test_what_does_not_fit_is_refused_with_both_shapes(build, message):
     with pytest.raises(ConfigurationError, match=message):
         build()
+
+
+@pytest.mark.parametrize("bias", [None, "bias"])
+def test_reduced_kronecker_rows_average_inputs_and_sum_cotangents(bias):
+    factors = shared("numpy", bias=bias)
+    pair = factors.kronecker("reduce")
+    for group in range(2):
+        inputs = factors.inputs[:, :, group].mean(1)
+        A, G = kronecker_definition(inputs, factors.cotangents[:, :, :, group].sum(2).reshape(-1, 3), bias)
+        close(pair.inputs[group], A)
+        close(pair.cotangents[group], G)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("dense", "sum")])
+def test_moments_in_a_kronecker_basis_and_the_matrix_form(kind):
+    factors = KINDS[kind]("torch")
+    apart = factors.kronecker_rows()
+    layout = apart.layout
+    groups, _, d_out = apart.cotangents.shape
+    d = apart.input_moments().shape[-1]
+    basis = [torch.linalg.qr(numbers("torch", groups, size, size, seed=1)).Q for size in (d, d_out)]
+    rows = factors.dense().values
+    expected = torch.zeros(groups, d_out, d, dtype=torch.float64)
+    for row in range(len(factors)):
+        vector = {name: array[row] for name, array in rows.items()}
+        close(flat(layout.vector(layout.matrix(vector))), flat(vector))
+        expected += (basis[1].mT @ layout.matrix(vector) @ basis[0]).square()
+    close(factors.rotated_squares(*basis), expected)
+    close(Factors.rotated_squares(factors, *basis), expected)
+    assert dict(layout.shapes) == factors.shapes
+    if layout.weight is not None:
+        ones = torch.ones(*apart.inputs.shape[:2], 1, dtype=torch.float64)
+        inputs = apart.inputs if layout.bias is None else torch.cat([apart.inputs, ones], 2)
+        close(apart.project_inputs(basis[0]), inputs @ basis[0])
