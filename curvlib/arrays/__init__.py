@@ -1,6 +1,6 @@
 """One array namespace over torch, CuPy and NumPy, and the few kernels that curvature needs beyond it."""
 
-from curvlib.arrays.linalg import add_diagonal, cholesky, cholesky_solve, is_finite, trace, widen
+from curvlib.arrays.linalg import add_diagonal, cholesky, cholesky_solve, eigh, is_finite, trace, widen
 from curvlib.arrays.namespace import Array, Vector, contract, device, dot, namespace, nbytes
 from curvlib.arrays.state import map_arrays, pack, record, unpack
 
@@ -13,6 +13,7 @@ __all__ = [
     "contract",
     "device",
     "dot",
+    "eigh",
     "is_finite",
     "map_arrays",
     "namespace",

@@ -9,10 +9,10 @@ import array_api_compat
 from curvlib.arrays.namespace import Array, namespace
 from curvlib.errors import NotPositiveDefiniteError
 
-__all__ = ["add_diagonal", "cholesky", "cholesky_solve", "is_finite", "trace", "widen"]
+__all__ = ["add_diagonal", "cholesky", "cholesky_solve", "eigh", "is_finite", "trace", "widen"]
 
 
-def add_diagonal(matrix: Array, value: float) -> Array:
+def add_diagonal(matrix: Array, value: Array | float) -> Array:
     """Return `matrix` + `value` · identity, a new array.
 
     Parameters
@@ -20,7 +20,7 @@ def add_diagonal(matrix: Array, value: float) -> Array:
     matrix
         Square matrices, shape ``(..., n, n)``.
     value
-        What is added to each diagonal entry.
+        What is added to each diagonal entry; an array must broadcast against the matrices.
     """
     xp = namespace(matrix)
     device = array_api_compat.device(matrix)
@@ -72,8 +72,28 @@ def cholesky_solve(factor: Array, rhs: Array) -> Array:
     return library.linalg.solve(transposed, library.linalg.solve(factor, rhs))
 
 
+def eigh(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues, ascending and not below zero, and eigenvectors of symmetric positive semidefinite matrices.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If a matrix is not finite or the iteration does not converge.
+    """
+    xp = namespace(matrix)
+    message = f"no eigendecomposition of the curvature of shape {tuple(matrix.shape)} and dtype {matrix.dtype}"
+    if not is_finite(matrix):
+        raise NotPositiveDefiniteError(f"{message}: it is not finite")
+    try:
+        values, vectors = xp.linalg.eigh(matrix)
+    except Exception as error:  # each library has its own type for an iteration that does not converge
+        raise NotPositiveDefiniteError(f"{message}: {error}") from error
+    # Rounding makes zero eigenvalues slightly negative, which damping should not have to make up for.
+    return xp.where(values > 0, values, xp.zeros_like(values)), vectors
+
+
 def trace(matrix: Array) -> Array:
-    """Sum of the diagonal of a square matrix, a scalar array."""
+    """Sum of the diagonals of square matrices, shape ``(...)``."""
     return namespace(matrix).linalg.trace(matrix)
 
 

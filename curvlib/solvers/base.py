@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from curvlib.arrays import Array, Vector
@@ -88,3 +89,29 @@ def as_vector(gradient: Gradient) -> Vector:
     if isinstance(gradient, Factors):
         return gradient.rmatvec(gradient.row_weights(1 / gradient.normalizer))
     return gradient
+
+
+def check_block(vector: Vector, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a gradient that does not belong to the block.
+
+    Raises
+    ------
+    ConfigurationError
+        With the names and shapes of both.
+    """
+    given = {name: tuple(array.shape) for name, array in vector.items()}
+    expected = {name: tuple(shape) for name, shape in shapes.items()}
+    if given != expected:
+        raise ConfigurationError(f"the gradient has parameters {given}, the curvature {expected}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is none of the choices.
+
+    Raises
+    ------
+    ConfigurationError
+        With the choices.
+    """
+    if value not in choices:
+        raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from math import prod
 
 from curvlib.arrays import Array, Vector, add_diagonal, cholesky, cholesky_solve, namespace, record
-from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors
-from curvlib.solvers.base import Gradient, Solver, as_vector, check_damping
+from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping
 
 __all__ = ["Covariance", "Dense", "DenseInverse"]
 
@@ -49,20 +48,6 @@ class Dense(Solver):
         vector = as_vector(gradient)
         check_block(vector, inverse.shapes)
         return _unflatten(cholesky_solve(inverse.factor, _flatten(vector, inverse.shapes)), inverse.shapes)
-
-
-def check_block(vector: Vector, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a gradient that does not belong to the block.
-
-    Raises
-    ------
-    ConfigurationError
-        With the names and shapes of both.
-    """
-    given = {name: tuple(array.shape) for name, array in vector.items()}
-    expected = {name: tuple(shape) for name, shape in shapes.items()}
-    if given != expected:
-        raise ConfigurationError(f"the gradient has parameters {given}, the curvature {expected}")
 
 
 def _flatten(vector: Vector, shapes: Mapping[str, tuple[int, ...]]) -> Array:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, record
 from curvlib.factors import Factors
-from curvlib.solvers.base import Gradient, Solver, as_vector, check_damping
-from curvlib.solvers.dense import Covariance, Dense, DenseInverse, check_block
+from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping
+from curvlib.solvers.dense import Covariance, Dense, DenseInverse
 
 __all__ = ["Woodbury", "WoodburyEstimate", "WoodburyInverse"]
 

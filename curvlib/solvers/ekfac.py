@@ -1,0 +1,94 @@
+"""Kronecker eigenbasis with re-estimated second moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, get_args
+
+from curvlib.arrays import Array, eigh, record
+from curvlib.errors import ConfigurationError
+from curvlib.factors import Factors, KroneckerLayout, Sharing
+from curvlib.solvers.average import averaged, check_decay
+from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_choice, check_damping
+from curvlib.solvers.kfac import KFAC, KFACEigen, KFACEstimate, divided_in_basis
+
+__all__ = ["EKFAC", "EKFACEstimate"]
+
+
+@record
+@dataclass(frozen=True, eq=False)
+class EKFACEstimate:
+    """Estimate: K-FAC's factors, their eigenvectors at the last change of basis, and the moments in that basis.
+
+    Parameters
+    ----------
+    factors
+        K-FAC's estimate.
+    inputs, cotangents
+        Q_A, shape ``(groups, d, d)``, and Q_G, shape ``(groups, d_out, d_out)``.
+    moments
+        Average of the squared entries of rotated rows, shape ``(groups, d_out, d)``.
+    count
+        Updates since the last change of basis.
+    """
+
+    factors: KFACEstimate
+    inputs: Array
+    cotangents: Array
+    moments: Array
+    count: int
+
+    @property
+    def layout(self) -> KroneckerLayout:
+        """How the block's parameters form matrices."""
+        return self.factors.layout
+
+
+@dataclass(frozen=True)
+class EKFAC(Solver):
+    """EKFAC (George et al. 2018, arXiv 1806.03884): the best diagonal in K-FAC's eigenbasis.
+
+    Parameters
+    ----------
+    sharing, decay
+        As in `KFAC`.
+    basis_every
+        Updates between changes of the eigenbasis; the moments are renewed at every update, and start anew with the
+        basis.
+
+    Notes
+    -----
+    With A = Q_A S_A Q_Aᵀ, G = Q_G S_G Q_Gᵀ and rows W_i, the moments are ``mean_i (Q_Gᵀ W_i Q_A)²`` (eq. 8 there), the
+    diagonal of the true block in this basis; damping is added to them.
+    """
+
+    exact: ClassVar[bool] = False
+    sharing: Sharing = "expand"
+    decay: float = 0.95
+    basis_every: int = 1
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay)
+        check_choice("sharing", self.sharing, get_args(Sharing))
+        if self.basis_every < 1:
+            raise ConfigurationError(f"basis_every must be at least 1, got {self.basis_every!r}")
+
+    def update(self, estimate: EKFACEstimate | None, factors: Factors) -> EKFACEstimate:
+        pair = KFAC(self.sharing, self.decay).update(None if estimate is None else estimate.factors, factors)
+        if estimate is None or estimate.count >= self.basis_every:
+            Q_A, Q_G = eigh(pair.inputs)[1], eigh(pair.cotangents)[1]
+            moments, count = None, 0
+        else:
+            Q_A, Q_G, moments, count = estimate.inputs, estimate.cotangents, estimate.moments, estimate.count
+        fresh = factors.rotated_squares(Q_A, Q_G) / factors.normalizer
+        return EKFACEstimate(pair, Q_A, Q_G, averaged(moments, count, fresh, self.decay), count + 1)
+
+    def factorize(self, estimate: EKFACEstimate, damping: float) -> KFACEigen:
+        reciprocals = 1 / (estimate.moments + check_damping(damping))
+        return KFACEigen(estimate.inputs, estimate.cotangents, reciprocals, estimate.layout)
+
+    def solve(self, inverse: KFACEigen, gradient: Gradient) -> dict[str, Array]:
+        vector = as_vector(gradient)
+        check_block(vector, inverse.layout.shapes)
+        matrix = inverse.layout.matrix(vector)
+        return inverse.layout.vector(divided_in_basis(matrix, inverse.inputs, inverse.cotangents, inverse.reciprocals))
