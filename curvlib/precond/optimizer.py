@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -126,7 +127,9 @@ class NaturalGradient(torch.optim.Optimizer):
         directions: dict[Tensor, Tensor] = {}
         for block in self._blocks:
             if any(p.grad is not None for p in block.parameters.values()):
-                natural = natural_gradient(block, self.solvers[block.name], curvature[block.name])
+                state, solver = curvature[block.name], self.solvers[block.name]
+                natural = natural_gradient(block, solver, state)
+                curvature[block.name] = replace(state, estimate=solver.remember(state.estimate, natural))
                 directions.update((p, natural[name]) for name, p in block.parameters.items() if p.grad is not None)
         self._move(directions)
         self.curvature = curvature

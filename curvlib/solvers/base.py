@@ -69,6 +69,18 @@ class Solver(ABC):
             A block vector, or fresh Factors that stand for one.
         """
 
+    def remember(self, estimate: Any, natural: Vector) -> Any:
+        """Return the estimate after a step that used `natural`; methods with momentum inside the solve override this.
+
+        Parameters
+        ----------
+        estimate
+            From `update`.
+        natural
+            What `solve` returned.
+        """
+        return estimate
+
 
 def check_damping(damping: float) -> float:
     """Return the damping if it is a positive finite number.
