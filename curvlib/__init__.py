@@ -5,7 +5,7 @@ form (`factors`, `layers`, `fisher`), a solver turns it into a damped inverse cu
 assembles Fisher, solver, damping, refresh and transforms into a `torch.optim.Optimizer` (`precond`).
 """
 
-from curvlib import arrays, factors, fisher, layers, precond, solvers
+from curvlib import arrays, explanation, factors, fisher, func, layers, precond, solvers, testing
 from curvlib.capture import collect
 from curvlib.errors import (
     CaptureError,
@@ -16,6 +16,7 @@ from curvlib.errors import (
     NotPositiveDefiniteError,
     UncoveredParameterError,
 )
+from curvlib.explanation import explain
 from curvlib.factors import Factors
 from curvlib.fisher import Bernoulli, Categorical, Empirical, Exact, Gaussian, Likelihood, Sampled
 from curvlib.precond import Constant, Every, KLClip, Momentum, NaturalGradient, TENGraD, Transform, WeightDecay, compose
@@ -25,7 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022  # grouped by seam, in the order in which a gradient meets them
     # rooms
-    "arrays", "factors", "layers", "fisher", "solvers", "precond",
+    "arrays", "factors", "layers", "fisher", "solvers", "precond", "func", "testing", "explanation",
     # compose an optimizer
     "compose", "NaturalGradient", "TENGraD",
     # which curvature
@@ -36,6 +37,8 @@ __all__ = [  # noqa: RUF022  # grouped by seam, in the order in which a gradient
     "Every", "Constant", "KLClip", "Momentum", "WeightDecay", "Transform",
     # without an optimizer
     "collect", "Factors",
+    # what it does and costs
+    "explain",
     # errors
     "CurvatureError", "ConfigurationError", "UncoveredParameterError", "CaptureError", "NotPositiveDefiniteError",
     "DataError", "CurvatureWarning",

@@ -1,5 +1,6 @@
 """One array namespace over torch, CuPy and NumPy, and the few kernels that curvature needs beyond it."""
 
+from curvlib.arrays.indexing import equal_pairs, index_add
 from curvlib.arrays.linalg import add_diagonal, cholesky, cholesky_solve, eigh, is_finite, trace, widen
 from curvlib.arrays.namespace import Array, Vector, contract, device, dot, namespace, nbytes
 from curvlib.arrays.state import map_arrays, pack, record, unpack
@@ -14,6 +15,8 @@ __all__ = [
     "device",
     "dot",
     "eigh",
+    "equal_pairs",
+    "index_add",
     "is_finite",
     "map_arrays",
     "namespace",

@@ -31,7 +31,7 @@ def index_add(size: int, index: Array, values: Array) -> Array:
     if array_api_compat.is_torch_array(values):
         return total.index_add_(0, index, values)
     # NumPy and CuPy have an unbuffered add beside the standard.
-    array_api_compat.array_namespace(values).add.at(total, index, values)
+    xp.add.at(total, index, values)
     return total
 
 

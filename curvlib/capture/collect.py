@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.capture.hooks import Capture, Output
-from curvlib.errors import ConfigurationError
+from curvlib.errors import ConfigurationError, UncoveredParameterError
 from curvlib.factors import Factors
 from curvlib.fisher import Fisher
 from curvlib.layers import partition
@@ -26,6 +26,7 @@ def collect(
     generator: torch.Generator | None = None,
     kwargs: Mapping[str, Any] | None = None,
     verify: bool = True,
+    rest: str | None = None,
 ) -> dict[str, Factors]:
     """Factors of every block of `model` on one batch, without an optimizer.
 
@@ -45,6 +46,9 @@ def collect(
         Source of the sampled labels.
     verify
         Whether to check that every block's rows add up to its gradient.
+    rest
+        ``"fallback"`` for blocks of the bare parameters too, those that modules hold beside other layers, as in
+        `partition`; ``"freeze"`` to leave them out. Without it such parameters are an error.
 
     Returns
     -------
@@ -55,12 +59,23 @@ def collect(
     ------
     ConfigurationError
         If the empirical Fisher is asked for without a loss.
+    UncoveredParameterError
+        If parameters lie outside every block and `rest` is not given.
     CaptureError
         If the rows cannot be formed exactly.
     """
     if fisher.needs_backward and loss is None:
         raise ConfigurationError("the empirical Fisher needs loss=, a function of what the model returns")
-    capture = Capture(model, partition(model).blocks, fisher, output, generator, every_pass=True, check=verify)
+    if rest not in (None, "fallback", "freeze"):
+        raise ConfigurationError(f"rest must be 'fallback' or 'freeze', got {rest!r}")
+    parts = partition(model, bare="fallback" if rest == "fallback" else None)
+    if rest is None and parts.rest:
+        raise UncoveredParameterError(
+            f"no block covers the parameters {', '.join(map(repr, parts.rest))}: modules hold them beside other "
+            "layers. Pass rest='fallback' for blocks of their own, rest='freeze' to leave them out, or register an "
+            "adapter for the module that owns them (curvlib.layers.register)"
+        )
+    capture = Capture(model, parts.blocks, fisher, output, generator, every_pass=True, check=verify)
     try:
         with torch.enable_grad():
             result = model(*args, **(kwargs or {}))

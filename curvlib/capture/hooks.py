@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.autograd.graph import get_gradient_edge
 
 from curvlib.capture.rows import Pass, Place, Record, block_factors
 from curvlib.capture.verify import verify
 from curvlib.errors import CaptureError
 from curvlib.factors import Factors, cat
 from curvlib.fisher import Empirical, Fisher
-from curvlib.layers import Block, Use
+from curvlib.layers import Adapter, Block, Use, adapter_for
+from curvlib.layers.tree import mapped, tensors
 
 __all__ = ["Capture", "Output"]
 
@@ -77,6 +78,10 @@ class Capture:
         for block in blocks:
             for use in block.uses:
                 self._handles.append(use.module.register_forward_hook(self._recorder(use), with_kwargs=True))
+        for module in model.modules():
+            adapter = adapter_for(type(module))
+            if adapter is not None and adapter.couples_samples:
+                self._handles.append(module.register_forward_hook(self._coupling(adapter), with_kwargs=True))
         # Last, so that it runs after the hook of a root module that is a block itself.
         self._handles.append(model.register_forward_hook(self._finish))
 
@@ -127,31 +132,47 @@ class Capture:
     def _begin(self, module: nn.Module, args: Any) -> None:
         self._current = Pass(next(self._numbers)) if self._listening() else None
 
-    def _recorder(self, use: Use) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _recorder(self, use: Use) -> Callable[..., Any]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self._current is None or not self._listening():
-                return
-            tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-            if not any(tensor.requires_grad for tensor in tensors):
-                return
-            inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            args, kwargs = pytree.tree_map(_detached, (args, kwargs))
-            places = [Place(tensor) if tensor.requires_grad else None for tensor in tensors]
+                return None
+            results = tensors(output)
+            needed = sum(tensor.requires_grad for tensor in results)
+            if not needed:
+                return None
+            if needed > 1:
+                # One output may be made of another, as the hidden state of an LSTM cell is of its cell state. What
+                # arrives at the other one would hold that too; at a copy it is the cotangent alone.
+                output = mapped(lambda tensor: tensor.clone() if tensor.requires_grad else tensor, output)
+                results = tensors(output)
+            inputs = tensors((args, kwargs))
+            args, kwargs = mapped(Tensor.detach, (args, kwargs))
+            places = [Place(tensor) if tensor.requires_grad else None for tensor in results]
             call = Record(
                 args,
                 kwargs,
                 versions=[(tensor.detach(), tensor._version) for tensor in inputs],
                 places=places,
                 edges=[],
-                cotangents=[None] * len(tensors),
+                cotangents=[None] * len(results),
+                coupled=use.adapter.couples(module),
             )
             for index, place in enumerate(places):
                 if place is not None and self.fisher.needs_backward:
                     place.tensor.register_hook(self._keeper(call, index))  # type: ignore[no-untyped-call]  # in torch
                 call.edges.append(None if place is None else place.release())
             self._current.records.setdefault(use, []).append(call)
+            return output
 
         return record
+
+    def _coupling(self, adapter: Adapter) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self._current is not None and self._unchecked and self._listening() and adapter.couples(module):
+                inputs = [tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad]
+                self._current.couplings += [get_gradient_edge(tensor) for tensor in inputs]
+
+        return note
 
     def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
         current, self._current = self._current, None
@@ -182,8 +203,8 @@ class Capture:
         else:
             # Whatever the model returns may be what the loss is made of; `output` may have made a new tensor.
             mark = self._marker(current)
-            for tensor in pytree.tree_leaves(output):
-                if isinstance(tensor, Tensor) and tensor.requires_grad:
+            for tensor in tensors(output):
+                if tensor.requires_grad:
                     tensor.register_hook(mark)  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _select(self, output: Any) -> Tensor:
@@ -244,9 +265,9 @@ class Capture:
                 call.arrived(index, [] if batch is None else batch.unbind())
 
     def _factors(self, current: Pass) -> dict[str, Factors]:
-        made = {block.name: block_factors(block, current) for block in self.blocks}
+        self._pulling_back = True  # the fallback calls modules again, which is no pass
+        try:
+            made = {block.name: block_factors(block, current) for block in self.blocks}
+        finally:
+            self._pulling_back = False
         return {name: factors for name, factors in made.items() if factors is not None}
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf

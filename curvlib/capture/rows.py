@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils import _pytree as pytree
 
 from curvlib.errors import CaptureError
 from curvlib.factors import Factors
 from curvlib.factors.combine import stack_columns
 from curvlib.layers import Adapter, Block, Call, Use
+from curvlib.layers.tree import mapped, tensors, wide
 
 __all__ = ["Pass", "Record", "block_factors"]
 
@@ -59,6 +59,7 @@ class Record:
     places: list[Place | None]  # one an output tensor, None where it needs no gradient
     edges: list[GradientEdge | None]
     cotangents: list[Tensor | None]  # shape (columns, *output)
+    coupled: bool = False  # whether the module made samples depend on each other
 
     def arrived(self, index: int, gradients: Sequence[Tensor | None]) -> None:
         """Keep the cotangents of one output from the gradients of all columns."""
@@ -79,6 +80,7 @@ class Pass:
     samples: int = 0
     observations: int = 0
     factors: dict[str, Factors] = field(default_factory=dict)
+    couplings: list[GradientEdge] = field(default_factory=list)  # inputs of modules that couple samples, until checked
 
     def edges(self) -> list[tuple[Record, int, GradientEdge]]:
         """Every recorded output that has a place in the graph."""
@@ -121,17 +123,25 @@ def _rows(block: Block, use: Use, call: Record, samples: int) -> Factors:
             f"{where}: its input was changed in place after the call, so its rows cannot be formed; "
             "make the operation that changes it out of place"
         )
-    cotangents = tuple(None if cotangent is None else _wide(cotangent) for cotangent in call.cotangents)
+    if use.adapter.couples(use.module) != call.coupled:
+        raise CaptureError(
+            f"{where}: it went between training and eval mode after the forward pass, so its rows cannot be formed; "
+            "change the mode after the step"
+        )
+    cotangents = tuple(None if cotangent is None else wide(cotangent) for cotangent in call.cotangents)
     columns = next(int(cotangent.shape[0]) for cotangent in cotangents if cotangent is not None)
     adapter = use.adapter
 
     def run(x: Any, g: Any, rows: int) -> Factors:
-        factors = adapter.function(use.module, x, g)
+        # An adapter that reads parameters would otherwise keep a graph alive in the rows.
+        with torch.no_grad():
+            factors = adapter.function(use.module, x, g)
         _check_rows(factors, use, rows, where)
         return factors
 
     if adapter.whole_call:
-        whole = Call(pytree.tree_map(_wide, call.args), pytree.tree_map(_wide, call.kwargs), samples)
+        args, kwargs = mapped(wide, (call.args, call.kwargs))
+        whole = Call(args, kwargs, samples)
         if adapter.columns:
             factors = run(whole, cotangents, samples * columns)
         else:
@@ -170,20 +180,13 @@ def _samples_first(adapter: Adapter, x: Tensor, g: Tensor, samples: int, where: 
 
 
 def _single(call: Record, cotangents: tuple[Tensor | None, ...], where: str) -> tuple[Tensor, Tensor]:
-    inputs = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+    inputs = tensors((call.args, call.kwargs))
     if len(inputs) != 1 or len(cotangents) != 1:
         raise CaptureError(
             f"{where}: the call had {len(inputs)} input tensors and {len(cotangents)} output tensors, and the adapter "
             "takes one of each; register it with whole_call=True to see them all"
         )
-    return _wide(inputs[0]), cast(Tensor, cotangents[0])
-
-
-def _wide(leaf: Any) -> Any:
-    """Half-precision tensors in float32: products of them are accumulated there."""
-    if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.itemsize < 4:
-        return leaf.float()
-    return leaf
+    return wide(inputs[0]), cast(Tensor, cotangents[0])
 
 
 def _check_rows(factors: Any, use: Use, rows: int, where: str) -> None:
@@ -191,6 +194,6 @@ def _check_rows(factors: Any, use: Use, rows: int, where: str) -> None:
         raise CaptureError(f"{where} returned {type(factors).__name__}; an adapter returns Factors")
     if len(factors) != rows:
         raise CaptureError(f"{where} returned {len(factors)} rows where the batch has {rows}")
-    expected = {name: tuple(p.shape) for name, p in use.module.named_parameters() if p.requires_grad}
+    expected = {name: tuple(p.shape) for name, p in use.module.named_parameters() if name in use.names}
     if factors.shapes != expected and sorted(factors.shapes.items()) != sorted(expected.items()):
         raise CaptureError(f"{where} returned rows for parameters {factors.shapes}; the trainable ones are {expected}")

@@ -1,4 +1,4 @@
-"""The command line: ``curvlib race`` and ``curvlib train``."""
+"""The command line: ``curvlib race``, ``curvlib train`` and ``curvlib explain``."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from curvlib.cli import race_command, train
+from curvlib.cli import explain, race_command, train
 from curvlib.errors import CurvatureError
 
 __all__ = ["main"]
 
 # A subcommand is a module with `add_parser(subparsers)` and `run(args) -> int`.
-COMMANDS = (race_command, train)
+COMMANDS = (race_command, train, explain)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    parser = argparse.ArgumentParser(prog="curvlib", description="Curvature for PyTorch: compare and train.")
+    parser = argparse.ArgumentParser(prog="curvlib", description="Curvature for PyTorch: compare, train, explain.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(subparsers)

@@ -4,6 +4,8 @@ from curvlib.factors.base import Factors, Sharing
 from curvlib.factors.combine import Sum, cat
 from curvlib.factors.dense import Dense
 from curvlib.factors.kronecker import KroneckerLayout, KroneckerPair, KroneckerRows
+from curvlib.factors.lowrank import LowRank
+from curvlib.factors.onehot import OneHotOuter
 from curvlib.factors.outer import OuterProduct
 from curvlib.factors.shared import SharedOuter
 
@@ -13,6 +15,8 @@ __all__ = [
     "KroneckerLayout",
     "KroneckerPair",
     "KroneckerRows",
+    "LowRank",
+    "OneHotOuter",
     "OuterProduct",
     "SharedOuter",
     "Sharing",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Literal
@@ -166,6 +166,10 @@ class Factors(ABC):
     def rows(self, index: Array) -> Factors:
         """Rows at the integer positions `index`, as Factors that stand for as many observations."""
         return self.dense().rows(index)
+
+    def restricted(self, names: Collection[str]) -> Factors:
+        """Columns of J that belong to the parameters `names`, at least one of the block's; all rows."""
+        return self if self.shapes.keys() <= set(names) else self.dense().restricted(names)
 
     def scaled(self, scale: Array | float) -> Factors:
         """Rows multiplied by a number or by one weight a row, shape ``(rows,)``."""

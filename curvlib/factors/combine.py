@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from curvlib.arrays import Array, Vector, namespace
 from curvlib.errors import ConfigurationError
-from curvlib.factors.base import Factors
+from curvlib.factors.base import Factors, joint_samples
 from curvlib.factors.dense import Dense
 
 __all__ = ["Sum", "cat"]
@@ -18,28 +18,36 @@ __all__ = ["Sum", "cat"]
 class Sum(Factors):
     """Row-wise sum of several Factors over the union of their parameters.
 
-    It serves tied weights whose uses differ in kind or in which parameters they have.
+    It serves modules with several weights, whose terms have different parameters, and tied weights, whose uses differ
+    in kind or in which parameters they have.
 
     Parameters
     ----------
     terms
         Factors with the same rows. A parameter that a term lacks counts as zero there.
+
+    Notes
+    -----
+    ``J = Σ_a J_a`` gives ``J Oᵀ = Σ_ab J_a O_bᵀ``, where only pairs of terms with a common parameter contribute, each
+    by the cheapest route of its own kinds. Terms with different parameters have the sum of their Grams.
     """
 
     terms: tuple[Factors, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "terms", tuple(self.terms))
+        flat = [inner for term in self.terms for inner in (term.terms if isinstance(term, Sum) else (term,))]
+        object.__setattr__(self, "terms", tuple(flat))
         counts = [len(term) for term in self.terms]
         if len(set(counts)) != 1:
             raise ConfigurationError(
                 f"a sum of factors needs the same rows in every term; the terms have {counts} rows"
             )
+        shapes = self.shapes
         for term in self.terms:
             for name, shape in term.shapes.items():
-                if self.shapes[name] != shape:
+                if shapes[name] != shape:
                     raise ConfigurationError(
-                        f"parameter {name!r} has shape {shape} in one use, {self.shapes[name]} in another"
+                        f"parameter {name!r} has shape {shape} in one use, {shapes[name]} in another"
                     )
 
     @property
@@ -63,6 +71,24 @@ class Sum(Factors):
     def row_weights(self, value: float) -> Array:
         return self.terms[0].row_weights(value)
 
+    def gram(self) -> Array:
+        total: Array = 0
+        for place, term in enumerate(self.terms):
+            total = total + term.gram()
+            for other in self.terms[place + 1 :]:
+                pair = _common_gram(term, other)
+                if pair is not None:
+                    total = total + pair + pair.T
+        return total
+
+    def cross_gram(self, other: Factors) -> Array:
+        self._require_same_block(other)
+        pairs = [_common_gram(mine, theirs) for mine in self.terms for theirs in _terms(other)]
+        total: Array = 0
+        for pair in pairs:
+            total = total if pair is None else total + pair
+        return total
+
     def matvec(self, vector: Vector) -> Array:
         total = self.terms[0].matvec(vector)
         for term in self.terms[1:]:
@@ -76,6 +102,13 @@ class Sum(Factors):
                 result[name] = result[name] + value if name in result else value
         return {name: result[name] for name in self.shapes}
 
+    def diagonal(self) -> dict[str, Array]:
+        shapes = self.shapes
+        if sum(len(term.shapes) for term in self.terms) != len(shapes):
+            return super().diagonal()
+        parts = {name: value for term in self.terms for name, value in term.diagonal().items()}
+        return {name: parts[name] for name in shapes}
+
     def rows(self, index: Array) -> Sum:
         return Sum(tuple(term.rows(index) for term in self.terms))
 
@@ -83,13 +116,51 @@ class Sum(Factors):
         return dataclasses.replace(self, terms=tuple(term.scaled(scale) for term in self.terms))
 
     def add(self, other: Factors) -> Sum:
-        return dataclasses.replace(self, terms=(*self.terms, other))
+        # A term of the same parameters takes the new one in, so that T calls of a cell stay one term a weight.
+        terms = list(self.terms)
+        for new in _terms(other):
+            for place, term in enumerate(terms):
+                merged = term.add(new) if term.shapes == new.shapes else new
+                if merged is not new and not isinstance(merged, Sum):
+                    terms[place] = merged
+                    break
+            else:
+                terms.append(new)
+        return dataclasses.replace(self, terms=tuple(terms))
+
+    def cat(self, others: Sequence[Factors]) -> Factors:
+        parts: list[Sum] = [self]
+        mine = [term.shapes for term in self.terms]
+        for other in others:
+            if not isinstance(other, Sum) or [term.shapes for term in other.terms] != mine:
+                return super().cat(others)
+            parts.append(other)
+        columns = zip(*(part.terms for part in parts), strict=True)
+        return Sum(tuple(cat(column) for column in columns), samples=joint_samples(parts))
 
     def compact(self) -> Factors:
-        return self.dense()
+        first, *others = (term.compact() for term in self.terms)
+        kept: Factors = Sum((first,), samples=self.samples)
+        for term in others:
+            kept = kept.add(term)
+        return kept
+
+    def restricted(self, names: Collection[str]) -> Factors:
+        kept = [term.restricted(term.shapes.keys() & names) for term in self.terms if term.shapes.keys() & names]
+        return Sum(tuple(kept), samples=self.samples)
 
     def renamed(self, names: Mapping[str, str]) -> Sum:
         return dataclasses.replace(self, terms=tuple(term.renamed(names) for term in self.terms))
+
+
+def _terms(factors: Factors) -> tuple[Factors, ...]:
+    return factors.terms if isinstance(factors, Sum) else (factors,)
+
+
+def _common_gram(left: Factors, right: Factors) -> Array | None:
+    """Cross-Gram over the parameters that both have; None if there are none."""
+    common = left.shapes.keys() & right.shapes.keys()
+    return left.restricted(common).cross_gram(right.restricted(common)) if common else None
 
 
 def cat(parts: Sequence[Factors]) -> Factors:

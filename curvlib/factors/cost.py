@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["Sizes", "chunk", "pairs_beat_rows", "rows_are_cheaper_to_keep"]
+__all__ = [
+    "Sizes",
+    "chunk",
+    "list_chunk",
+    "pairs_beat_rows",
+    "pairs_worth_a_table",
+    "rows_are_cheaper_to_keep",
+    "table_chunk",
+    "table_is_cheaper_to_keep",
+]
 
 _PASS = 16
 """Multiply-adds that take as long as reading or writing one element."""
@@ -63,3 +72,27 @@ def rows_are_cheaper_to_keep(sizes: Sizes) -> bool:
     explicit = sizes.rows * sizes.groups * sizes.d_in * sizes.d_out
     factored = sizes.n * sizes.positions * sizes.groups * (sizes.d_in + sizes.columns * sizes.d_out)
     return explicit <= factored or (sizes.positions >= _KEEP and explicit <= 4 * factored)
+
+
+def pairs_worth_a_table(left: Sizes, right: Sizes) -> float:
+    """Pairs of lookups of one entry from which rows over that entry are cheaper than a product for each pair."""
+    table = left.rows * right.rows + _PASS * (left.rows + right.rows)
+    a_pair = left.columns * right.columns + 2 * _PASS * (left.columns + right.columns)
+    return table / a_pair
+
+
+def table_chunk(left: Sizes, right: Sizes) -> int:
+    """Entries of a table to take at a time so that rows over them stay small."""
+    return max(1, _TEMPORARY // max(1, (left.rows + right.rows) * left.d_out))
+
+
+def list_chunk(left: Sizes, right: Sizes) -> int:
+    """Lookups of `left` to take at a time so that a list of their pairs stays small, however they are distributed."""
+    a_pair = (left.columns + right.columns) * left.d_out + left.columns * right.columns
+    # A listed entry has fewer pairs than a table is worth, so none of its lookups has more than that.
+    return max(1, int(_TEMPORARY / max(1.0, a_pair * pairs_worth_a_table(left, right))))
+
+
+def table_is_cheaper_to_keep(sizes: Sizes, vocabulary: int) -> bool:
+    """Whether explicit rows as long as a table of `vocabulary` entries are no larger than lookups in it."""
+    return vocabulary <= sizes.positions

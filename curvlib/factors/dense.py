@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from curvlib.arrays import Array, Vector, device, namespace
@@ -102,6 +102,9 @@ class Dense(Factors):
 
     def rows(self, index: Array) -> Dense:
         return Dense({name: array[index] for name, array in self.values.items()})
+
+    def restricted(self, names: Collection[str]) -> Dense:
+        return Dense({name: array for name, array in self.values.items() if name in names}, samples=self.samples)
 
     def scaled(self, scale: Array | float) -> Dense:
         rows = (len(self),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from curvlib.arrays import Array, Vector, contract, namespace
@@ -140,6 +140,10 @@ class OuterProduct(Factors):
             cotangents=self._flat_cotangents()[index][:, None, :],
             samples=None,
         )
+
+    def restricted(self, names: Collection[str]) -> OuterProduct:
+        weight, bias = (name if name in names else None for name in (self.weight, self.bias))
+        return dataclasses.replace(self, weight=weight, bias=bias)
 
     def scaled(self, scale: Array | float) -> OuterProduct:
         return dataclasses.replace(self, cotangents=self.cotangents * spread(scale, self.cotangents.shape[:2], 3))

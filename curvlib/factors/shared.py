@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -95,9 +95,13 @@ class SharedOuter(Factors):
         return self.cross_gram(self)
 
     def cross_gram(self, other: Factors) -> Array:
+        from curvlib.factors.onehot import OneHotOuter
+
         self._require_same_block(other)
         if isinstance(other, SharedOuter) and cost.pairs_beat_rows(self.sizes, other.sizes):
             return self.pair_gram(other)
+        if isinstance(other, OneHotOuter):
+            return other.cross_gram(self).T
         return self.dense().cross_gram(other)
 
     def pair_gram(self, other: SharedOuter) -> Array:
@@ -187,6 +191,10 @@ class SharedOuter(Factors):
         return dataclasses.replace(
             self, inputs=self.inputs[index // self.cotangents.shape[1]], cotangents=flat[index], samples=None
         )
+
+    def restricted(self, names: Collection[str]) -> SharedOuter:
+        weight, bias = (name if name in names else None for name in (self.weight, self.bias))
+        return dataclasses.replace(self, weight=weight, bias=bias)
 
     def scaled(self, scale: Array | float) -> SharedOuter:
         return dataclasses.replace(self, cotangents=self.cotangents * spread(scale, self.cotangents.shape[:2], 5))

@@ -35,6 +35,8 @@ class Adapter:
         Whether the layer acts on the last axis alone, so that the sample axis may be any of the others.
     closed_form
         Whether the rows come from a formula; otherwise from `torch.func`.
+    couples_samples
+        Whether the layer's output for one sample depends on the others, always or as a function of the module tells.
     """
 
     name: str
@@ -43,6 +45,11 @@ class Adapter:
     whole_call: bool = False
     positionwise: bool = False
     closed_form: bool = True
+    couples_samples: Callable[[Any], bool] | bool = False
+
+    def couples(self, module: nn.Module) -> bool:
+        """Whether `module`, as it is now, makes the samples of a batch depend on each other."""
+        return self.couples_samples(module) if callable(self.couples_samples) else self.couples_samples
 
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {}
@@ -53,6 +60,7 @@ def register(
     columns: bool = False,
     whole_call: bool = False,
     positionwise: bool = False,
+    couples_samples: Callable[[Any], bool] | bool = False,
     replace: bool = False,
 ) -> Callable[[F], F]:
     """Decorator that makes a function the adapter of the given layer classes and of their subclasses.
@@ -72,6 +80,10 @@ def register(
     positionwise
         Set when the layer acts on the last axis alone, as `torch.nn.Linear` does: its sample axis may then be any of
         the others, and comes first in x and g.
+    couples_samples
+        Set (or a function of the module that tells) when the output for one sample depends on the others, as batch
+        statistics make it. Rows of this layer, and of those before it, are then shares of the gradient at the
+        activations: only their plain sum can be checked against the gradient, and is.
     replace
         Set to replace an adapter that is there.
 
@@ -114,7 +126,9 @@ def register(
         closed = not getattr(function, "uses_torch_func", False)
         name = getattr(function, "__name__", repr(function))
         for cls in classes:
-            _ADAPTERS[cls] = Adapter(name, function, columns, whole_call or not closed, positionwise, closed)
+            _ADAPTERS[cls] = Adapter(
+                name, function, columns, whole_call or not closed, positionwise, closed, couples_samples
+            )
         return function
 
     return decorate

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from torch import nn
 
 from curvlib.capture import Output
 from curvlib.errors import ConfigurationError
-from curvlib.fisher import Fisher
-from curvlib.layers import Block, partition
+from curvlib.fisher import Empirical, Fisher
+from curvlib.layers import Block, Partition, Use, partition
 from curvlib.precond.damping import Damping, as_damping
 from curvlib.precond.optimizer import NaturalGradient
 from curvlib.precond.refresh import Refresh, as_refresh
 from curvlib.precond.rest import check_rest
-from curvlib.precond.transforms import Transform
+from curvlib.precond.transforms import Transform, check_order
 from curvlib.solvers import Solver
 
 __all__ = ["compose"]
@@ -26,9 +28,10 @@ def compose(
     *,
     fisher: Fisher,
     solver: Solver | Mapping[str, Solver],
-    damping: Damping | float,
+    damping: Damping | float | Mapping[str, Damping | float],
     refresh: Refresh | int = 1,
     transforms: Sequence[Transform] = (),
+    blocks: Literal["layer", "network"] = "layer",
     lr: float,
     rest: str | None = None,
     output: Output | None = None,
@@ -47,16 +50,20 @@ def compose(
         One for all blocks, or one for each pattern of block names (`fnmatch` patterns such as ``"features.*"``; the
         first that matches wins).
     damping
-        λ added to every block's curvature, a number > 0 or a `Damping`.
+        λ added to every block's curvature: a number > 0, a `Damping`, or one for each pattern of block names.
     refresh
-        When curvature is taken anew: every so many steps, or a `Refresh`.
+        When curvature is taken anew and factorised: every so many steps, or a `Refresh`.
+    blocks
+        "layer": a block for each layer, independent of the others. "network": one block for all of them, the curvature
+        of the whole network with its cross terms (with `Woodbury`, one Gram summed over layers).
     transforms
-        Applied to the natural gradient in this order.
+        Applied in this order: those that change the gradient before the curvature, the others after it.
     lr
         Learning rate, > 0; schedulers change it in ``param_groups``.
     rest
-        What becomes of trainable parameters outside every block: ``"sgd"``, ``"adamw"`` or ``"freeze"``. Without it
-        such parameters are an error.
+        What becomes of bare parameters, those outside every block: ``"fallback"`` (blocks of their own, exact,
+        for one more forward and backward pass of the module that holds them), ``"sgd"``, ``"adamw"`` or ``"freeze"``.
+        Without it such parameters are an error.
     output
         Picks the tensor that the likelihood is about out of what the model returns; needed unless it is a tensor.
     seed
@@ -92,15 +99,22 @@ def compose(
     for transform in transforms:
         if not isinstance(transform, Transform):
             raise ConfigurationError(f"transforms must be Transform objects such as Momentum(0.9), got {transform!r}")
-    parts = partition(model)
+    parts = partition(model, bare="fallback" if rest == "fallback" else None)
     check_rest(rest, parts.rest)
+    check_order(transforms)
+    if blocks not in ("layer", "network"):
+        raise ConfigurationError(f"blocks must be 'layer' or 'network', got {blocks!r}")
+    if blocks == "network":
+        parts = one_block(parts)
+    chosen, when = choose_solvers(solver, parts.blocks), as_refresh(refresh)
+    check_combination(chosen, fisher, when)
     return NaturalGradient(
         model,
         parts,
         fisher=fisher,
-        solvers=choose_solvers(solver, parts.blocks),
+        solvers=chosen,
         damping=as_damping(damping),
-        refresh=as_refresh(refresh),
+        refresh=when,
         transforms=tuple(transforms),
         lr=lr,
         rest=rest,
@@ -108,6 +122,24 @@ def compose(
         seed=seed,
         verify=verify,
     )
+
+
+def check_combination(solvers: Mapping[str, Solver], fisher: Fisher, refresh: Refresh) -> None:
+    """Refuse solvers that a Fisher or a refresh policy cannot serve.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming the solver and what it needs.
+    """
+    for block, solver in solvers.items():
+        name = f"{type(solver).__name__} (block {block!r})"
+        if (solver.of_gradient or solver.of_fresh_rows) and not isinstance(fisher, Empirical):
+            raise ConfigurationError(
+                f"{name} works on the loss's own gradient, so it needs fisher=Empirical(), not {fisher}"
+            )
+        if solver.of_fresh_rows and not all(refresh.due(step) and refresh.inverse_due(step) for step in range(4)):
+            raise ConfigurationError(f"{name} solves with the rows of the step's own gradient: use refresh=1")
 
 
 def choose_solvers(solver: Solver | Mapping[str, Solver], blocks: Sequence[Block]) -> dict[str, Solver]:
@@ -135,3 +167,18 @@ def choose_solvers(solver: Solver | Mapping[str, Solver], blocks: Sequence[Block
     if missing:
         raise ConfigurationError(f"no solver pattern matches the blocks {missing}; add a last one for '*'")
     return chosen
+
+
+def one_block(parts: Partition) -> Partition:
+    """Return the partition with all blocks joined to one named "network", its parameters named as in the model."""
+    if len(parts.blocks) < 2:
+        return parts
+    parameters: dict[str, nn.Parameter] = {}
+    uses: list[Use] = []
+    for block in parts.blocks:
+        # Blocks of tied modules name their parameters as the model does already.
+        module = block.uses[0].module_name
+        prefix = f"{module}." if module and len(block.uses) == 1 else ""
+        parameters.update({prefix + name: p for name, p in block.parameters.items()})
+        uses += [replace(use, names={inner: prefix + name for inner, name in use.names.items()}) for use in block.uses]
+    return replace(parts, blocks=(Block("network", parameters, tuple(uses)),))

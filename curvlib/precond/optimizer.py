@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from curvlib.arrays import pack, unpack
 from curvlib.capture import Capture, Output
 from curvlib.errors import CaptureError, ConfigurationError, CurvatureError
+from curvlib.factors import Factors
 from curvlib.fisher import Fisher
 from curvlib.layers import Partition
-from curvlib.precond.curvature import BlockState, natural_gradient, refreshed
+from curvlib.precond.curvature import BlockState, Renewal, natural_gradient
 from curvlib.precond.damping import Damping
 from curvlib.precond.refresh import Refresh
 from curvlib.precond.transforms import Context, Transform
@@ -37,6 +38,10 @@ class NaturalGradient(torch.optim.Optimizer):
         Number of steps taken.
     damping, refresh
         May be replaced between steps; a new damping factorises the estimates that are there again.
+    solvers
+        Block name to solver.
+    model, fisher, output, rest
+        As given to `curvlib.compose`.
     """
 
     def __init__(
@@ -64,21 +69,23 @@ class NaturalGradient(torch.optim.Optimizer):
         self._adamw = torch.optim.AdamW(uncovered) if rest == "adamw" and uncovered else None
         if self._adamw is not None:
             groups += self._adamw.param_groups
-        if not groups:
-            raise ConfigurationError("nothing is left to train: no block covers a parameter, and rest='freeze'")
         super().__init__(groups, {"lr": float(lr)})
         self.damping = damping
         self.refresh = refresh
+        self.model = model
         self.fisher = fisher
+        self.output = output
+        self.rest = rest
         self.solvers = solvers
         self.transforms = transforms
         self.curvature = {block.name: BlockState() for block in parts.blocks}
         self.steps = 0
+        self._due = True
         self._blocks = parts.blocks
+        self._block_of: dict[Tensor, str] = {p: block.name for block in parts.blocks for p in block.parameters.values()}
         self._composed = len(groups) - (self._adamw is not None)
         self._generator = torch.Generator(device=self.param_groups[0]["params"][0].device).manual_seed(seed)
         self._capture = Capture(model, parts.blocks, fisher, output, self._generator, check=verify)
-        self._capture.armed = refresh.due(0)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._link()
 
@@ -113,6 +120,11 @@ class NaturalGradient(torch.optim.Optimizer):
         -----
         Whatever is raised, parameters and the optimizer's state are as they were.
         """
+        if self.damping.needs_loss and closure is None:
+            raise ConfigurationError(
+                f"{type(self.damping).__name__} compares the loss before and after steps: call optimizer.step(closure) "
+                "with a function that evaluates the model, calls backward and returns the loss"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -122,20 +134,26 @@ class NaturalGradient(torch.optim.Optimizer):
             factors = self._capture.take()
         finally:
             self._capture.clear()
-        damping = self.damping.at(self.steps)
-        curvature = refreshed(self._blocks, self.solvers, self.curvature, factors, damping, self.steps)
-        directions: dict[Tensor, Tensor] = {}
-        for block in self._blocks:
-            if any(p.grad is not None for p in block.parameters.values()):
-                state, solver = curvature[block.name], self.solvers[block.name]
-                natural = natural_gradient(block, solver, state)
-                curvature[block.name] = replace(state, estimate=solver.remember(state.estimate, natural))
-                directions.update((p, natural[name]) for name, p in block.parameters.items() if p.grad is not None)
-        self._move(directions)
+        active = self._active()
+        context = self._context(active)
+        gradients = self._transformed([g.clone() for g in context.gradients], context, before=True)
+        curvature, natural = self._natural(dict(zip(context.parameters, gradients, strict=True)), factors)
+        # Outside every block the direction is the gradient itself; transforms may change it in place.
+        moves = [natural.get(p, gradient) for p, gradient in zip(context.parameters, gradients, strict=True)]
+        moves = self._transformed(moves, replace(context, gradients=gradients), before=False)
+        predicted = self._predicted(context, moves, factors) if self._adapts() and factors else None
+        for rate in dict.fromkeys(context.rates):
+            chosen = [place for place, own in enumerate(context.rates) if own == rate]
+            torch._foreach_add_([context.parameters[i] for i in chosen], [moves[i] for i in chosen], alpha=-rate)
+        if self._adamw is not None:
+            self._adamw.step()
+        if predicted is not None and closure is not None:
+            self._adapt(closure, loss, predicted)
         self.curvature = curvature
         self.steps += 1
         # A refresh that found no forward pass to look at stays due.
-        self._capture.armed = self.refresh.due(self.steps) or (self._capture.armed and not factors)
+        self._due = self.refresh.due(self.steps) or (self._due and not factors)
+        self._capture.armed = self._due or self._adapts()
         return loss
 
     def _active(self) -> list[tuple[Tensor, float]]:
@@ -147,22 +165,72 @@ class NaturalGradient(torch.optim.Optimizer):
             if p.grad is not None
         ]
 
-    def _move(self, directions: dict[Tensor, Tensor]) -> None:
-        active = self._active()
+    def _context(self, active: list[tuple[Tensor, float]]) -> Context:
         parameters = [p for p, _ in active]
-        rates = [rate for _, rate in active]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        # Outside every block the direction is the gradient itself; transforms may change it in place.
-        moves = [directions[p] if p in directions else p.grad.clone() for p in parameters if p.grad is not None]
-        context = Context(parameters, gradients, rates, self.steps)
-        if parameters:
-            for index, transform in enumerate(self.transforms):
-                moves = transform.apply(moves, context, self._buffers(index, transform, parameters))
-            for rate in dict.fromkeys(rates):
-                chosen = [place for place, own in enumerate(rates) if own == rate]
-                torch._foreach_add_([parameters[i] for i in chosen], [moves[i] for i in chosen], alpha=-rate)
-        if self._adamw is not None:
-            self._adamw.step()
+        return Context(
+            parameters,
+            gradients=[p.grad for p in parameters if p.grad is not None],
+            rates=[rate for _, rate in active],
+            step=self.steps,
+            blocks=tuple(self._block_of.get(p, "") for p in parameters),
+        )
+
+    def _transformed(self, directions: list[Tensor], context: Context, before: bool) -> list[Tensor]:
+        for index, transform in enumerate(self.transforms):
+            if transform.on_gradient == before and directions:
+                buffers = self._buffers(index, transform, context.parameters)
+                directions = transform.apply(directions, context, buffers)
+        return directions
+
+    def _natural(
+        self, gradients: dict[Tensor, Tensor], factors: dict[str, Factors]
+    ) -> tuple[dict[str, BlockState], dict[Tensor, Tensor]]:
+        """New states of all blocks, and the natural gradient of every parameter in a block that has a gradient."""
+        vectors = {
+            block.name: {
+                name: gradients[p] if p in gradients else p.new_zeros(p.shape) for name, p in block.parameters.items()
+            }
+            for block in self._blocks
+            if any(p in gradients for p in block.parameters.values())
+        }
+        renewal = Renewal(self.solvers, self.damping, self.refresh)
+        rows = factors if self._due else {}
+        curvature = renewal.renewed(self._blocks, self.curvature, rows, vectors, self.steps)
+        natural: dict[Tensor, Tensor] = {}
+        for block in self._blocks:
+            if block.name in vectors:
+                state, solver = curvature[block.name], self.solvers[block.name]
+                direction = natural_gradient(solver, state, vectors[block.name])
+                curvature[block.name] = replace(state, estimate=solver.remember(state.estimate, direction))
+                natural.update((p, direction[name]) for name, p in block.parameters.items() if p in gradients)
+        return curvature, natural
+
+    # -- damping that follows the loss --------------------------------------------------------------------------------
+
+    def _adapts(self) -> bool:
+        return self.damping.needs_loss and self.damping.adapts_at(self.steps)
+
+    def _predicted(self, context: Context, moves: list[Tensor], factors: dict[str, Factors]) -> float:
+        """Change of the loss that the quadratic model of the whole network predicts for a step."""
+        changes = {p: -rate * move for p, rate, move in zip(context.parameters, context.rates, moves, strict=True)}
+        linear = sum(float((g * changes[p]).sum()) for p, g in zip(context.parameters, context.gradients, strict=True))
+        total: Tensor | float = 0.0
+        for block in self._blocks:
+            if block.name in factors:
+                names = block.parameters.items()
+                change = {name: changes[p] if p in changes else p.new_zeros(p.shape) for name, p in names}
+                total = total + factors[block.name].matvec(change)
+        normalizer = next(iter(factors.values())).normalizer
+        return linear + float((total * total).sum() if isinstance(total, Tensor) else 0.0) / (2 * normalizer)
+
+    def _adapt(self, closure: Callable[[], Any], before: Any, predicted: float) -> None:
+        kept = [(p, p.grad) for group in self.param_groups for p in group["params"]]
+        self._capture.armed = False
+        with torch.enable_grad():
+            after = float(closure())
+        for p, gradient in kept:
+            p.grad = gradient
+        self.damping.adapt(self.steps, (after - float(before)) / predicted if predicted else math.nan)
 
     def _buffers(self, index: int, transform: Transform, parameters: Iterable[Tensor]) -> dict[str, list[Tensor]]:
         same = sum(type(other) is type(transform) for other in self.transforms[:index])
@@ -205,7 +273,8 @@ class NaturalGradient(torch.optim.Optimizer):
         state["curvature"] = {
             "version": _STATE_VERSION,
             "steps": self.steps,
-            "armed": self._capture.armed,
+            "due": self._due,
+            "damping": self.damping.state(),
             "generator": self._generator.get_state(),
             "blocks": pack(self.curvature),
         }
@@ -237,7 +306,9 @@ class NaturalGradient(torch.optim.Optimizer):
         self.steps = int(saved["steps"])
         self._generator.set_state(generator)
         self._capture.clear()
-        self._capture.armed = bool(saved["armed"])
+        self.damping.restore(saved["damping"])
+        self._due = bool(saved["due"])
+        self._capture.armed = self._due or self._adapts()
         self._link()
 
     def _link(self) -> None:

@@ -10,8 +10,9 @@ from curvlib.errors import ConfigurationError, UncoveredParameterError
 
 __all__ = ["REST", "check_rest"]
 
-REST = ("sgd", "adamw", "freeze")
-"""sgd: the plain gradient, through the same transforms; adamw: an AdamW of their own; freeze: they stay as they are."""
+REST = ("fallback", "sgd", "adamw", "freeze")
+"""fallback: blocks of their own, by the exact fallback over the module that holds them; sgd: the plain gradient,
+through the same transforms; adamw: an AdamW of their own; freeze: they stay as they are."""
 
 
 def check_rest(rest: str | None, uncovered: Mapping[str, nn.Parameter]) -> None:
@@ -31,5 +32,6 @@ def check_rest(rest: str | None, uncovered: Mapping[str, nn.Parameter]) -> None:
         raise UncoveredParameterError(
             f"no block covers the parameters {names}: modules hold them beside other parametrised modules. Either "
             "register an adapter for the module that owns them (curvlib.layers.register), or say how to treat them "
-            "with rest='sgd' (plain gradient, same transforms), rest='adamw' or rest='freeze'"
+            "with rest='fallback' (exact curvature, by calling that module once more), rest='sgd' (plain gradient, "
+            "same transforms), rest='adamw' or rest='freeze'"
         )

@@ -1,19 +1,32 @@
-"""What happens to the natural gradient before it becomes a step: small parts, applied in the order given."""
+"""What happens to a gradient before the curvature and after it: small parts, applied in the order given."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from curvlib.errors import ConfigurationError
 
-__all__ = ["Context", "KLClip", "Momentum", "Transform", "WeightDecay"]
+__all__ = [
+    "Context",
+    "GradientClip",
+    "Graft",
+    "KLClip",
+    "Momentum",
+    "NormConstraint",
+    "Transform",
+    "TrustRatio",
+    "WeightDecay",
+    "check_order",
+]
+
+Buffers = Mapping[str, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -30,12 +43,23 @@ class Context:
         Their learning rates.
     step
         Number of the step, 0 for the first.
+    blocks
+        Names of the blocks that they belong to; "" outside every block.
     """
 
     parameters: list[Tensor]
     gradients: list[Tensor]
     rates: list[float]
     step: int
+    blocks: tuple[str, ...] = ()
+
+    def by_block(self) -> list[list[int]]:
+        """Positions of the parameters of each block; a parameter outside every block is by itself."""
+        groups: dict[object, list[int]] = {}
+        names = self.blocks or ("",) * len(self.parameters)
+        for place, name in enumerate(names):
+            groups.setdefault(name or place, []).append(place)
+        return list(groups.values())
 
 
 class Transform(ABC):
@@ -48,8 +72,11 @@ class Transform(ABC):
     buffers: ClassVar[tuple[str, ...]] = ()
     """Names of the per-parameter buffers that the transform needs."""
 
+    on_gradient: bool = False
+    """Whether it changes the gradient before the curvature instead of the natural gradient after it."""
+
     @abstractmethod
-    def apply(self, directions: list[Tensor], context: Context, buffers: Mapping[str, list[Tensor]]) -> list[Tensor]:
+    def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
         """Return new directions; the parameters will move by ``-lr · direction``.
 
         Parameters
@@ -61,6 +88,47 @@ class Transform(ABC):
         buffers
             For each declared name the parameters' buffers.
         """
+
+
+def check_order(transforms: Sequence[Transform]) -> None:
+    """Refuse an order that cannot be followed.
+
+    Raises
+    ------
+    ConfigurationError
+        If something that changes the gradient comes after something that changes the natural gradient.
+    """
+    after = None
+    for transform in transforms:
+        if not transform.on_gradient:
+            after = transform
+        elif after is not None:
+            raise ConfigurationError(
+                f"{transform} changes the gradient before the curvature, so it cannot come after {after}, which "
+                "changes the natural gradient: put it first"
+            )
+
+
+@dataclass(frozen=True)
+class GradientClip(Transform):
+    """Scales the whole gradient down to a bound on its norm, before the curvature.
+
+    Parameters
+    ----------
+    norm
+        Greatest Euclidean norm over all parameters, > 0.
+    """
+
+    norm: float
+    on_gradient = True
+
+    def __post_init__(self) -> None:
+        _require(self, "norm", self.norm, self.norm > 0, "> 0")
+
+    def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
+        total = _norm(directions)
+        torch._foreach_mul_(directions, (self.norm / total).clamp_max(1))
+        return directions
 
 
 @dataclass(frozen=True)
@@ -83,7 +151,7 @@ class KLClip(Transform):
     def __post_init__(self) -> None:
         _require(self, "bound", self.bound, self.bound > 0, "> 0")
 
-    def apply(self, directions: list[Tensor], context: Context, buffers: Mapping[str, list[Tensor]]) -> list[Tensor]:
+    def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
         products = [
             torch.sum(direction * gradient) * rate**2
             for direction, gradient, rate in zip(directions, context.gradients, context.rates, strict=True)
@@ -93,6 +161,92 @@ class KLClip(Transform):
         # A product that is not positive bounds nothing: κ / 0 is infinite, and the minimum is 1.
         scale = (self.bound / total.clamp_min(0)).sqrt().clamp_max(1)
         torch._foreach_mul_(directions, scale)
+        return directions
+
+
+@dataclass(frozen=True)
+class NormConstraint(Transform):
+    """Scales the whole step down to a bound on its Euclidean norm, learning rates included.
+
+    Parameters
+    ----------
+    norm
+        Greatest norm of the change of all parameters, > 0.
+    """
+
+    norm: float
+
+    def __post_init__(self) -> None:
+        _require(self, "norm", self.norm, self.norm > 0, "> 0")
+
+    def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
+        total = _norm([direction * rate for direction, rate in zip(directions, context.rates, strict=True)])
+        torch._foreach_mul_(directions, (self.norm / total).clamp_max(1))
+        return directions
+
+
+@dataclass(frozen=True)
+class Graft(Transform):
+    """Gives every block's direction the length of another method's (Agarwal et al. 2020, arXiv 2002.11803).
+
+    Parameters
+    ----------
+    method
+        "sgd": the length of the gradient. "adam": that of Adam's update.
+    decays
+        Adam's β₁ and β₂.
+    eps
+        Adam's ε.
+    """
+
+    method: Literal["sgd", "adam"] = "sgd"
+    decays: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    buffers = ("first", "second")
+
+    def __post_init__(self) -> None:
+        if self.method not in ("sgd", "adam"):
+            raise ConfigurationError(f"Graft needs the method 'sgd' or 'adam', got {self.method!r}")
+
+    def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
+        lengths = context.gradients if self.method == "sgd" else self._adam(context, buffers)
+        for places in context.by_block():
+            own = [directions[place] for place in places]
+            ratio = _norm([lengths[place] for place in places]) / _norm(own)
+            # A direction of length zero stays where it is.
+            torch._foreach_mul_(own, torch.where(torch.isfinite(ratio), ratio, torch.zeros_like(ratio)))
+        return directions
+
+    def _adam(self, context: Context, buffers: Buffers) -> list[Tensor]:
+        (beta1, beta2), first, second = self.decays, buffers["first"], buffers["second"]
+        torch._foreach_lerp_(first, context.gradients, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, context.gradients, context.gradients, 1 - beta2)
+        correct1, correct2 = 1 - beta1 ** (context.step + 1), 1 - beta2 ** (context.step + 1)
+        return [(m / correct1) / ((v / correct2).sqrt() + self.eps) for m, v in zip(first, second, strict=True)]
+
+
+@dataclass(frozen=True)
+class TrustRatio(Transform):
+    """Scales every block's direction to a share of the block's own length (LARS, arXiv 1708.03888).
+
+    Parameters
+    ----------
+    share
+        Length of the direction over that of the parameters, > 0. Blocks whose parameters are all zero stay unscaled.
+    """
+
+    share: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _require(self, "share", self.share, self.share > 0, "> 0")
+
+    def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
+        for places in context.by_block():
+            own = [directions[place] for place in places]
+            size = _norm([context.parameters[place] for place in places])
+            ratio = self.share * size / _norm(own)
+            torch._foreach_mul_(own, torch.where((size > 0) & torch.isfinite(ratio), ratio, torch.ones_like(ratio)))
         return directions
 
 
@@ -115,7 +269,7 @@ class Momentum(Transform):
     def __post_init__(self) -> None:
         _require(self, "decay", self.decay, 0 <= self.decay < 1, "in [0, 1)")
 
-    def apply(self, directions: list[Tensor], context: Context, buffers: Mapping[str, list[Tensor]]) -> list[Tensor]:
+    def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
         momentum = buffers["momentum"]
         torch._foreach_mul_(momentum, self.decay)
         torch._foreach_add_(momentum, directions)
@@ -127,26 +281,36 @@ class Momentum(Transform):
 
 @dataclass(frozen=True)
 class WeightDecay(Transform):
-    """Adds ``rate · parameter`` to the direction.
+    """Adds ``rate · parameter``, to the direction or to the gradient.
 
-    Where it stands in the list decides its kind: before the curvature there is no place for it, before momentum the
-    decay is averaged too, after momentum (as the authors of TENGraD have it) it is not.
+    Added to the direction, its place decides its kind: before momentum the decay is averaged too, after momentum (as
+    the authors of TENGraD have it) it is not, which with a learning rate of its own is decoupled decay.
 
     Parameters
     ----------
     rate
         ≥ 0.
+    coupled
+        Whether it is part of the gradient, and so preconditioned with it.
     """
 
     rate: float = 0.0
+    coupled: bool = False
 
     def __post_init__(self) -> None:
         _require(self, "rate", self.rate, self.rate >= 0, "≥ 0")
+        object.__setattr__(self, "on_gradient", self.coupled)
 
-    def apply(self, directions: list[Tensor], context: Context, buffers: Mapping[str, list[Tensor]]) -> list[Tensor]:
+    def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
         if self.rate:
             torch._foreach_add_(directions, context.parameters, alpha=self.rate)
         return directions
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    norms = torch._foreach_norm(tensors)
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
+    return total
 
 
 def _require(transform: Transform, name: str, value: float, holds: bool, what: str) -> None:

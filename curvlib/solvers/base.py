@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from curvlib.arrays import Array, Vector
-from curvlib.errors import ConfigurationError
+from curvlib.arrays import Array, Vector, is_finite
+from curvlib.errors import ConfigurationError, NotPositiveDefiniteError
 from curvlib.factors import Factors
 
 __all__ = ["Gradient", "Solver"]
@@ -23,8 +23,16 @@ class Solver(ABC):
     the *estimate* (what was seen of the curvature) and the *inverse* (what was factorised from it, possibly stale).
     """
 
-    exact: ClassVar[bool] = True
-    """Whether `solve` applies the inverse of the damped block itself, up to rounding."""
+    of_gradient: ClassVar[bool] = False
+    """Whether the statistics are those of the loss's mean gradient, so that Factors must come from `Empirical`."""
+
+    of_fresh_rows: ClassVar[bool] = False
+    """Whether the gradient must be a combination of the same rows, so that they are taken anew at every step."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether `solve` applies the inverse of the damped block itself, up to rounding."""
+        return True
 
     @abstractmethod
     def update(self, estimate: Any, factors: Factors) -> Any:
@@ -127,3 +135,33 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_gradient_rows(factors: Factors) -> None:
+    """Refuse Factors whose rows cannot stand for the loss's mean gradient, because a sample has several.
+
+    Raises
+    ------
+    ConfigurationError
+        With both numbers.
+    """
+    if len(factors) > factors.normalizer:
+        raise ConfigurationError(
+            "this solver takes statistics of the mean gradient that the rows stand for, so a sample has one row, the "
+            f"gradient of its loss; got {len(factors)} rows for {factors.normalizer} observations: use "
+            "fisher=Empirical()"
+        )
+
+
+def check_finite(**arrays: Array) -> None:
+    """Refuse curvature that is not finite, where no factorisation would notice.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        Naming the array.
+    """
+    for name, array in arrays.items():
+        if not is_finite(array):
+            what = f"{name.replace('_', ' ')} of shape {tuple(array.shape)} and dtype {array.dtype}"
+            raise NotPositiveDefiniteError(f"the {what} are not finite")

@@ -10,7 +10,7 @@ from curvlib.arrays import Array, Vector, add_diagonal, cholesky, cholesky_solve
 from curvlib.factors import Factors
 from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping
 
-__all__ = ["Covariance", "Dense", "DenseInverse"]
+__all__ = ["Covariance", "Dense", "DenseInverse", "flatten", "unflatten"]
 
 
 @record
@@ -47,15 +47,17 @@ class Dense(Solver):
     def solve(self, inverse: DenseInverse, gradient: Gradient) -> dict[str, Array]:
         vector = as_vector(gradient)
         check_block(vector, inverse.shapes)
-        return _unflatten(cholesky_solve(inverse.factor, _flatten(vector, inverse.shapes)), inverse.shapes)
+        return unflatten(cholesky_solve(inverse.factor, flatten(vector, inverse.shapes)), inverse.shapes)
 
 
-def _flatten(vector: Vector, shapes: Mapping[str, tuple[int, ...]]) -> Array:
+def flatten(vector: Vector, shapes: Mapping[str, tuple[int, ...]]) -> Array:
+    """Block vector as one array, parameters in the order of `shapes`."""
     parts = [vector[name].reshape(-1) for name in shapes]
     return parts[0] if len(parts) == 1 else namespace(*parts).concat(parts)
 
 
-def _unflatten(flat: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+def unflatten(flat: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Block vector from one array, the inverse of `flatten`."""
     result, start = {}, 0
     for name, shape in shapes.items():
         stop = start + prod(shape)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, record
+from curvlib.errors import ConfigurationError
+from curvlib.factors import Dense as DenseRows
 from curvlib.factors import Factors
+from curvlib.factors.lowrank import truncated
 from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping
 from curvlib.solvers.dense import Covariance, Dense, DenseInverse
 
@@ -15,7 +18,7 @@ __all__ = ["Woodbury", "WoodburyEstimate", "WoodburyInverse"]
 @record
 @dataclass(frozen=True, eq=False)
 class WoodburyEstimate:
-    """Estimate: the rows themselves, and their kernel ``J Jᵀ / normalizer``, shape ``(rows, rows)``."""
+    """Estimate: the rows to multiply with, and the full kernel ``J Jᵀ / normalizer``, shape ``(rows, rows)``."""
 
     factors: Factors
     kernel: Array
@@ -37,6 +40,13 @@ class Woodbury(Solver):
 
     A block with fewer parameters than rows is solved through its explicit covariance, which is smaller and as exact.
 
+    Parameters
+    ----------
+    low_rank
+        γ in (0, 1): rows that would be kept explicitly between refreshes are replaced by their leading singular
+        directions, those whose singular values add up to at most γ of the sum, so that every step between refreshes
+        costs less memory and time. The kernel stays that of all of J. None keeps J whole: exact.
+
     Notes
     -----
     With F = JᵀJ / n and kernel K = J Jᵀ / n,
@@ -46,13 +56,32 @@ class Woodbury(Solver):
     (TENGraD, arXiv 2106.03947, eq. of the Woodbury inverse). J may be older than g: rows and the factor of the kernel
     are reused until the next refresh. Where g is the mean of the same rows, g = Jᵀ1/n, the push-through identity
     gives ``Jᵀ (K + λI)⁻¹ 1 / n``, without the difference of two large terms.
+
+    With `low_rank` the products J g and Jᵀ w alone are those of the truncated rows (the authors' option for
+    convolutions whose rows are explicit; γ = 0.9 for VGG16). Blocks kept in factored form or through their covariance
+    have nothing to gain from it and stay exact.
     """
+
+    low_rank: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.low_rank is not None and not 0 < self.low_rank < 1:
+            raise ConfigurationError(
+                f"low_rank is a share of the singular values strictly in (0, 1), or None for all; got {self.low_rank!r}"
+            )
+
+    @property
+    def exact(self) -> bool:
+        return self.low_rank is None
 
     def update(self, estimate: WoodburyEstimate | Covariance | None, factors: Factors) -> WoodburyEstimate | Covariance:
         if factors.size <= len(factors):
             return Dense().update(None, factors)
         kept = factors.compact()
-        return WoodburyEstimate(kept, kept.gram() / factors.normalizer)
+        gram = kept.gram()
+        if self.low_rank is not None and isinstance(kept, DenseRows):
+            kept = truncated(kept, self.low_rank, gram)
+        return WoodburyEstimate(kept, gram / factors.normalizer)
 
     def factorize(self, estimate: WoodburyEstimate | Covariance, damping: float) -> WoodburyInverse | DenseInverse:
         if isinstance(estimate, Covariance):
@@ -64,7 +93,7 @@ class Woodbury(Solver):
         if isinstance(inverse, DenseInverse):
             return Dense().solve(inverse, gradient)
         rows = inverse.factors
-        if gradient is rows:
+        if gradient is rows and self.exact:
             return rows.rmatvec(cholesky_solve(inverse.factor, rows.row_weights(1 / rows.normalizer)))
         vector = as_vector(gradient)
         check_block(vector, rows.shapes)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from curvlib.errors import ConfigurationError
-from curvlib.factors import Dense, Factors, OuterProduct, SharedOuter, Sum, cat, cost
+from curvlib.factors import Dense, Factors, LowRank, OneHotOuter, OuterProduct, SharedOuter, Sum, cat, cost
 from curvlib.factors.combine import stack_columns
 from curvlib.layers import ConvolutionFactors
 
@@ -46,6 +46,13 @@ def convolution(library, seed=0, **names):
     )
 
 
+def onehot(library, seed=0, vocabulary=7, positions=5, **names):
+    indices = np.random.default_rng(seed).integers(vocabulary, size=(N, positions))
+    cotangents = numbers(library, N, COLUMNS, positions, 2, seed=seed + 1)
+    cotangents[1, :, 2] = 0  # a position that does not count
+    return OneHotOuter(torch.from_numpy(indices) if library == "torch" else indices, cotangents, vocabulary, **names)
+
+
 def dense(library, seed=0):
     return Dense(
         weight=numbers(library, N * COLUMNS, 2, 3, seed=seed), bias=numbers(library, N * COLUMNS, 4, seed=seed + 1)
@@ -55,6 +62,18 @@ def dense(library, seed=0):
 def tied(library, seed=0):
     left = outer(library, seed, weight="w", bias="b")
     return Sum((left, outer(library, seed + 7, weight="w")))
+
+
+def lowrank(library, seed=0):
+    left = numbers(library, N * COLUMNS, 2, seed=seed)
+    basis = Dense(weight=numbers(library, 2, 3, 2, seed=seed), bias=numbers(library, 2, 3, seed=seed + 1))
+    return LowRank(left, basis)
+
+
+def several(library, seed=0):
+    left = shared(library, seed, weight="w", bias="b")
+    rows = {"c": numbers(library, N * COLUMNS, 3, seed=seed), "b": numbers(library, N * COLUMNS, 6, seed=seed + 2)}
+    return Sum((left, outer(library, seed + 7, weight="v"), Dense(rows)))
 
 
 KINDS = {
@@ -68,8 +87,12 @@ KINDS = {
     "convolution": lambda library, seed=0: convolution(library, seed),
     "convolution with bias": lambda library, seed=0: convolution(library, seed, bias="bias"),
     "convolution, bias alone": lambda library, seed=0: convolution(library, seed, weight=None, bias="bias"),
+    "one-hot": lambda library, seed=0: onehot(library, seed),
+    "one-hot, table shorter than the sample": lambda library, seed=0: onehot(library, seed, vocabulary=3),
     "dense": dense,
+    "low rank": lowrank,
     "sum": tied,
+    "sum of several weights": several,
 }
 CASES = [
     (kind, library)
@@ -201,6 +224,79 @@ def test_route_follows_the_sizes():
     assert not cost.rows_are_cheaper_to_keep(few)
 
 
+def test_one_hot_rows_are_sums_of_lookups():
+    factors = onehot("numpy")
+    for sample in range(N):
+        for column in range(COLUMNS):
+            table = np.zeros((7, 2))
+            for position in range(5):
+                table[factors.indices[sample, position]] += factors.cotangents[sample, column, position]
+            close(matrix(factors)[sample * COLUMNS + column], table.reshape(-1))
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+@pytest.mark.parametrize("worth", [0, 4, 10**9])  # every entry in the table; the frequent ones; none
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_all_gram_routes_of_lookups_agree(library, worth, chunk, monkeypatch):
+    monkeypatch.setattr(cost, "pairs_worth_a_table", lambda *sizes: worth)
+    for name in ("list_chunk", "table_chunk"):
+        monkeypatch.setattr(cost, name, lambda *sizes: chunk)
+    factors, other = onehot(library), onehot(library, seed=5, positions=6)
+    close(factors.gram(), matrix(factors) @ matrix(factors).T)
+    close(factors.cross_gram(other), matrix(factors) @ matrix(other).T)
+    nothing = factors.scaled(0.0)
+    for one, two in ((nothing, other), (other, nothing), (nothing, nothing)):
+        close(one.cross_gram(two), np.zeros((len(one), len(two))))
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+@pytest.mark.parametrize("bias", [None, "bias"])
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_a_table_tied_to_a_decoder(library, bias, chunk, monkeypatch):
+    monkeypatch.setattr(cost, "chunk", lambda left, right: chunk)
+    lookups = onehot(library)
+    rows = matrix(lookups)
+    single = OuterProduct(numbers(library, N, 2), numbers(library, N, COLUMNS, 7), bias=bias)
+    many = SharedOuter(numbers(library, N, 3, 1, 2), numbers(library, N, COLUMNS, 3, 1, 7), (7, 2), bias=bias)
+    for decoder in (single, many):
+        tied = lookups.add(decoder)
+        expected = matrix(decoder).copy()
+        expected[:, :14] += rows
+        close(matrix(tied), expected)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(OneHotOuter, "dense", None)  # the Gram of a tied table never makes rows as long as the table
+            close(tied.gram(), expected @ expected.T)
+            close(tied.cross_gram(decoder.add(lookups)), expected @ expected.T)
+            if bias is None:
+                close(lookups.cross_gram(decoder), rows @ (expected - rows).T)
+                close(decoder.cross_gram(lookups), (expected - rows) @ rows.T)
+
+
+def test_lookups_of_different_lengths_combine():
+    short, long = onehot("numpy", positions=3), onehot("numpy", positions=6, seed=2)
+    for one, two in ((short, long), (long, short)):
+        assert isinstance(cat([one, two]), OneHotOuter)
+        close(matrix(cat([one, two])), np.concatenate([matrix(one), matrix(two)]))
+        assert isinstance(one.add(two), OneHotOuter)
+        close(matrix(one.add(two)), matrix(one) + matrix(two))
+
+
+def test_a_large_table_costs_nothing_but_what_is_looked_up():
+    indices = torch.arange(N * 5).reshape(N, 5) * 10**14
+    factors = OneHotOuter(indices, numbers("torch", N, COLUMNS, 5, 2), vocabulary=10**18)
+    for kept in (factors, factors.compact(), cat([factors, factors]).rows(torch.arange(N * COLUMNS))):
+        blocks = [g.flatten(1) @ g.flatten(1).T for g in factors.cotangents]  # no two samples share an entry
+        close(kept.gram(), torch.block_diag(*blocks))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_kronecker_pairs_of_lookups_are_those_of_a_linear_map_of_one_hot_vectors(sharing):
+    factors = dataclasses.replace(onehot("numpy"), cotangents=numbers("numpy", N, COLUMNS, 5, 2))
+    linear = SharedOuter(np.eye(7)[factors.indices][:, :, None], factors.cotangents[:, :, :, None], (2, 7))
+    mine, theirs = factors.kronecker(sharing), linear.kronecker(sharing)
+    close(np.kron(mine.cotangents[0], mine.inputs[0]), np.kron(theirs.inputs[0], theirs.cotangents[0]))
+
+
 def kronecker_definition(inputs, cotangents, bias):
     """Textbook factors from (rows, d) inputs and cotangents of one group."""
     if bias:
@@ -304,9 +400,12 @@ def test_columns_interleave_within_samples():
         (lambda: SharedOuter(torch.ones(2, 3, 1, 4), torch.ones(2, 2, 1, 4), (4, 4)), "positions"),
         (lambda: SharedOuter(torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 4), (5, 4)), r"\(5, 4\) does not fit"),
         (lambda: SharedOuter(torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 4), (4, 4), None), "name of a weight"),
+        (lambda: OneHotOuter(torch.ones(2, 3).long(), torch.ones(2, 4, 5), 7), r"\(2, 3\) and \(2, 1, 4, 5\)"),
+        (lambda: OneHotOuter(torch.ones(2, 3), torch.ones(2, 3, 5), 7), "indices must be integers, got torch.float32"),
         (lambda: Sum((outer("torch"), Dense(weight=torch.ones(2, 2, 5)))), r"\[12, 2\] rows"),
         (lambda: Sum((outer("torch"), Dense(weight=torch.ones(12, 5, 2)))), "shape"),
         (lambda: outer("torch").cross_gram(outer("torch", bias="bias")), "different blocks"),
+        (lambda: LowRank(torch.ones(4, 3), Dense(weight=torch.ones(2, 5))), r"\(rows, 2\).*\(4, 3\)"),
         (lambda: cat([outer("torch"), outer("torch", bias="bias")]), "different blocks"),
         (lambda: cat([]), "at least one"),
         (lambda: dense("torch").kronecker(), "no Kronecker form"),
@@ -328,7 +427,7 @@ def test_reduced_kronecker_rows_average_inputs_and_sum_cotangents(bias):
         close(pair.cotangents[group], G)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("dense", "sum")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("dense", "low rank") and "sum" not in kind])
 def test_moments_in_a_kronecker_basis_and_the_matrix_form(kind):
     factors = KINDS[kind]("torch")
     apart = factors.kronecker_rows()
@@ -349,3 +448,39 @@ def test_moments_in_a_kronecker_basis_and_the_matrix_form(kind):
         ones = torch.ones(*apart.inputs.shape[:2], 1, dtype=torch.float64)
         inputs = apart.inputs if layout.bias is None else torch.cat([apart.inputs, ones], 2)
         close(apart.project_inputs(basis[0]), inputs @ basis[0])
+
+
+def test_sums_of_different_weights_never_leave_their_own_kinds(monkeypatch):
+    def build(seed):
+        left, right = outer("torch", seed, weight="w", bias="b"), shared("torch", seed + 3, positions=2, weight="v")
+        return Sum((left, right))
+
+    one, two = build(0), build(5)
+    expected, squares = matrix(one) @ matrix(two).T, (matrix(one) ** 2).sum(0)
+    total, both = matrix(one) + matrix(two), np.concatenate([matrix(one), matrix(two)])
+    monkeypatch.setattr(cost, "pairs_beat_rows", lambda left, right: True)
+    with monkeypatch.context() as patch:
+        for kind in (OuterProduct, SharedOuter, Sum):
+            patch.setattr(kind, "dense", lambda self: pytest.fail("explicit rows were made"))
+        gram, joined, added = one.cross_gram(two), cat([one, two]), one.add(two)
+        grams = joined.gram(), added.gram()
+        diagonal = Sum((one.terms[0],)).diagonal()
+    close(gram, expected)
+    close(grams[0], both @ both.T)
+    close(grams[1], total @ total.T)
+    close(flat(diagonal), squares[: sum(value.numel() for value in diagonal.values())])
+    assert len(added.terms) == len(joined.terms) == 2
+
+
+def test_restricted_factors_are_columns_of_the_rows():
+    for build in (outer, shared):
+        factors = build("torch", weight="w", bias="b")
+        whole = factors.dense().values
+        for names in ({"w"}, {"b"}, {"w", "b"}):
+            part = factors.restricted(names)
+            assert type(part) is type(factors)
+            assert set(part.shapes) == names
+            close(matrix(part), matrix(Dense({name: whole[name] for name in part.shapes})))
+    factors = several("torch")
+    assert set(factors.restricted({"b", "c"}).shapes) == {"b", "c"}
+    close(factors.restricted({"b"}).dense().values["b"], factors.dense().values["b"])

@@ -153,7 +153,8 @@ def test_models_without_anything_to_train_are_refused():
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_the_fallback_covers_any_module_exactly(module, shape):
+def test_the_fallback_covers_any_module_exactly(module, shape, registry):
+    register(type(module), replace=True)(fallback)
     model = nn.Sequential(module, nn.Flatten(), nn.LazyLinear(3)).double()
     x = torch.randn(*shape, dtype=torch.float64)
     model(x)
@@ -202,9 +203,11 @@ def test_the_fallback_takes_several_inputs_and_outputs_and_frozen_parts():
     torch.testing.assert_close(factors["pair.mix"].dense().matrix(), expected)
 
 
-def test_batch_statistics_are_refused_and_eval_mode_is_exact():
+def test_batch_statistics_are_served_and_refused_in_the_fallback(registry):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    with pytest.raises(CaptureError, match="block '0'.*batch statistics in training mode"):
+    assert list(collect(model, torch.randn(6, 4))) == ["0", "1", "2"]
+    register(nn.BatchNorm1d, replace=True)(fallback)
+    with pytest.raises(CaptureError, match="block '0'.*mixes samples outside any module known to do so"):
         collect(model, torch.randn(6, 4))
     with pytest.raises(CaptureError, match="BatchNorm1d has no adapter.*eval mode"):
         curvlib.collect(model, curvlib.Exact(), torch.randn(6, 4), verify=False)

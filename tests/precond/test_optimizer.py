@@ -291,12 +291,6 @@ def test_rest_freeze_leaves_them():
     backward(model)
     optimizer.step()
     assert torch.equal(model.shift, torch.zeros_like(model.shift))
-    alone = nn.ParameterList([nn.Parameter(torch.zeros(2))])
-    outer = nn.Module()
-    outer.inner, outer.lone = nn.Linear(2, 2).requires_grad_(False), nn.Parameter(torch.zeros(2))
-    with pytest.raises(ConfigurationError, match="nothing is left to train"):
-        built(outer, rest="freeze")
-    del alone
 
 
 def test_rest_adamw_is_adamw_and_survives_a_checkpoint():
@@ -451,8 +445,8 @@ def test_sparse_gradients():
         ({"damping": 0}, "damping must be a positive"),
         ({"damping": -1.0}, "damping must be a positive"),
         ({"damping": math.nan}, "damping must be a positive"),
-        ({"damping": "auto"}, "number > 0 or a Damping"),
-        ({"damping": True}, "number > 0 or a Damping"),
+        ({"damping": "auto"}, "number > 0, a Damping or"),
+        ({"damping": True}, "number > 0, a Damping or"),
         ({"refresh": 0}, "refresh interval must be an integer ≥ 1"),
         ({"refresh": 2.5}, "refresh interval"),
         ({"lr": -0.1}, "lr must be"),
