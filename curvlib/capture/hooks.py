@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from curvlib.capture.rows import Pass, Place, Record, block_factors
+from curvlib.capture.rows import Pass, Place, Record, block_factors, pull_back
 from curvlib.capture.verify import verify
 from curvlib.errors import CaptureError
 from curvlib.factors import Factors, cat
@@ -74,7 +75,8 @@ class Capture:
         self._current: Pass | None = None
         self._used: list[Pass] = []
         self._pulling_back = False
-        self._handles = [model.register_forward_pre_hook(self._begin)]
+        self._axes: dict[tuple[Use, int], int] = {}
+        self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for block in blocks:
             for use in block.uses:
                 self._handles.append(use.module.register_forward_hook(self._recorder(use), with_kwargs=True))
@@ -129,8 +131,11 @@ class Capture:
     def _listening(self) -> bool:
         return self.armed and not self._pulling_back and torch.is_grad_enabled()
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        self._current = Pass(next(self._numbers)) if self._listening() else None
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._current = None
+        if self._listening():
+            sizes = [int(tensor.shape[0]) for tensor in tensors((args, kwargs)) if tensor.ndim]
+            self._current = Pass(next(self._numbers), expected=sizes[0] if sizes else 0, axes=self._axes)
 
     def _recorder(self, use: Use) -> Callable[..., Any]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -146,6 +151,11 @@ class Capture:
                 output = mapped(lambda tensor: tensor.clone() if tensor.requires_grad else tensor, output)
                 results = tensors(output)
             inputs = tensors((args, kwargs))
+            if use.adapter.positionwise and all(tensor.shape[:1] == (1,) for tensor in (*inputs, *results)):
+                # One row for all samples (positions, say): broadcast here, so that every sample has its own cotangent.
+                spread = partial(_spread, samples=max(self._current.expected, 1))
+                output, args, kwargs = mapped(spread, (output, args, kwargs))
+                results = tensors(output)
             args, kwargs = mapped(Tensor.detach, (args, kwargs))
             places = [Place(tensor) if tensor.requires_grad else None for tensor in results]
             call = Record(
@@ -156,6 +166,7 @@ class Capture:
                 edges=[],
                 cotangents=[None] * len(results),
                 coupled=use.adapter.couples(module),
+                positionwise=use.adapter.positionwise,
             )
             for index, place in enumerate(places):
                 if place is not None and self.fisher.needs_backward:
@@ -243,8 +254,7 @@ class Capture:
 
     def _pull_back(self, current: Pass, outputs: Tensor) -> None:
         """Send all columns of output cotangents back to the outputs of every recorded call."""
-        places = current.edges()
-        if not places:
+        if not current.edges():
             return
         columns = self.fisher.cotangents(outputs.detach(), self.generator)
         if columns.shape[1:] != outputs.shape:
@@ -252,17 +262,7 @@ class Capture:
                 f"{self.fisher} gave cotangents of shape {tuple(columns.shape)} for outputs of shape "
                 f"{tuple(outputs.shape)}; they need shape (columns, *outputs)"
             )
-        edges = [edge for _, _, edge in places]
-        if columns.shape[0] == 1:
-            gradients = torch.autograd.grad(outputs, edges, columns[0], retain_graph=True, allow_unused=True)
-            for (call, index, _), gradient in zip(places, gradients, strict=True):
-                call.arrived(index, [gradient])
-        else:
-            batches = torch.autograd.grad(
-                outputs, edges, columns, retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
-            for (call, index, _), batch in zip(places, batches, strict=True):
-                call.arrived(index, [] if batch is None else batch.unbind())
+        pull_back(current, outputs, columns, batched=True)
 
     def _factors(self, current: Pass) -> dict[str, Factors]:
         self._pulling_back = True  # the fallback calls modules again, which is no pass
@@ -271,3 +271,7 @@ class Capture:
         finally:
             self._pulling_back = False
         return {name: factors for name, factors in made.items() if factors is not None}
+
+
+def _spread(tensor: Tensor, samples: int) -> Tensor:
+    return tensor.expand(samples, *tensor.shape[1:])

@@ -16,7 +16,7 @@ from curvlib.factors.combine import stack_columns
 from curvlib.layers import Adapter, Block, Call, Use
 from curvlib.layers.tree import mapped, tensors, wide
 
-__all__ = ["Pass", "Record", "block_factors"]
+__all__ = ["Pass", "Place", "Record", "block_factors", "pull_back"]
 
 
 class Place:
@@ -30,7 +30,7 @@ class Place:
         base = output._base
         whole = base is not None and base.requires_grad and base.numel() == output.numel()
         self.tensor = base if whole and base is not None else output
-        self._shape = tuple(output.shape)
+        self.shape = tuple(output.shape)
         self._layout = (output.stride(), output.storage_offset() - self.tensor.storage_offset()) if whole else None
         self._base_layout = (tuple(self.tensor.shape), self.tensor.stride())
 
@@ -46,7 +46,7 @@ class Place:
             return gradient
         stride, offset = self._layout
         laid_out = torch.empty_strided(*self._base_layout, dtype=gradient.dtype, device=gradient.device)
-        return laid_out.copy_(gradient).as_strided(self._shape, stride, offset)
+        return laid_out.copy_(gradient).as_strided(self.shape, stride, offset)
 
 
 @dataclass(eq=False)
@@ -60,6 +60,16 @@ class Record:
     edges: list[GradientEdge | None]
     cotangents: list[Tensor | None]  # shape (columns, *output)
     coupled: bool = False  # whether the module made samples depend on each other
+    positionwise: bool = False  # whether the module acts on the last axis alone
+
+    alone: dict[int, Tensor] = field(default_factory=dict)  # cotangents of shared outputs while they are gathered
+
+    def stands_alone(self, index: int, samples: int) -> bool:
+        """Whether an output has no sample axis, as that of an embedding of positions that all samples share."""
+        place = self.places[index]
+        if place is None or not self.positionwise:
+            return False
+        return samples not in place.shape[:-1] and (place.shape[0] % samples != 0 or len(place.shape) < 2)
 
     def arrived(self, index: int, gradients: Sequence[Tensor | None]) -> None:
         """Keep the cotangents of one output from the gradients of all columns."""
@@ -76,10 +86,12 @@ class Pass:
     """One forward pass: the records of every use, and the Factors made of them."""
 
     number: int = 0
+    expected: int = 0  # samples by the root module's input
     records: dict[Use, list[Record]] = field(default_factory=dict)
     samples: int = 0
     observations: int = 0
     factors: dict[str, Factors] = field(default_factory=dict)
+    axes: dict[tuple[Use, int], int] = field(default_factory=dict)  # sample axis of each call, once it was told
     couplings: list[GradientEdge] = field(default_factory=list)  # inputs of modules that couple samples, until checked
 
     def edges(self) -> list[tuple[Record, int, GradientEdge]]:
@@ -102,9 +114,9 @@ def block_factors(block: Block, current: Pass) -> Factors | None:
         If exact rows cannot be formed, or an adapter returned something else.
     """
     parts = [
-        _rows(block, use, call, current.samples)
+        _rows(block, use, number, call, current)
         for use in block.uses
-        for call in current.records.get(use, ())
+        for number, call in enumerate(current.records.get(use, ()))
         if any(cotangent is not None for cotangent in call.cotangents)
     ]
     if not parts:
@@ -115,8 +127,9 @@ def block_factors(block: Block, current: Pass) -> Factors | None:
     return total
 
 
-def _rows(block: Block, use: Use, call: Record, samples: int) -> Factors:
+def _rows(block: Block, use: Use, number: int, call: Record, current: Pass) -> Factors:
     """Let a use's adapter turn one recorded call into rows, and check what it returns."""
+    samples = current.samples
     where = f"block {block.name!r} ({type(use.module).__name__}, adapter {use.adapter.name})"
     if any(tensor._version != version for tensor, version in call.versions):
         raise CaptureError(
@@ -148,7 +161,19 @@ def _rows(block: Block, use: Use, call: Record, samples: int) -> Factors:
             one_column = [tuple(None if g is None else g[column] for g in cotangents) for column in range(columns)]
             factors = stack_columns([run(whole, g, samples) for g in one_column])
     else:
-        x, g = _samples_first(adapter, *_single(call, cotangents, where), samples, where)
+        x, g = _single(call, cotangents, where)
+        if call.stands_alone(0, samples):
+            place = call.places[0]
+            if place is None or g.ndim != len(place.shape) + 2:
+                raise CaptureError(
+                    f"{where}: all samples share its output of shape {tuple(g.shape[1:])}, and the backward pass of the loss "
+                    "shows the sum of their cotangents alone: use Sampled or Exact, or give it a first axis of size 1"
+                )
+            x = x.expand(samples, *x.shape)
+        else:
+            axis = _sample_axis(adapter, x, g, samples, current.axes.get((use, number)), where)
+            current.axes[use, number] = axis
+            x, g = _samples_first(x, g, samples, axis)
         if adapter.columns:
             factors = run(x, g.movedim(0, 1), samples * columns)
         else:
@@ -158,25 +183,91 @@ def _rows(block: Block, use: Use, call: Record, samples: int) -> Factors:
     return factors
 
 
-def _samples_first(adapter: Adapter, x: Tensor, g: Tensor, samples: int, where: str) -> tuple[Tensor, Tensor]:
-    """Bring the sample axis of input and cotangents to the front, where the adapter's layer allows it elsewhere.
+_MERGED = -1
+"""In place of an axis: samples are the outer part of the first axis."""
 
-    What is guessed here (equal sizes do not prove equal meaning) is found out by the check of the first pass.
+
+def _sample_axis(adapter: Adapter, x: Tensor, g: Tensor, samples: int, known: int | None, where: str) -> int:
+    """Sample axis that input and output have in common, elsewhere than first only where the adapter's layer allows it.
+
+    Equal sizes do not prove equal meaning, but what is wrong is found out by the check of the first pass; what was
+    right then is kept, so that a later batch with another axis of that size is not taken for another layout.
     """
     shape = g.shape[1:]
-    if x.shape[0] == shape[0] == samples:
-        return x, g
-    if adapter.positionwise:
-        shared = min(x.ndim, len(shape))
-        for axis in range(1, shared):
-            if x.shape[axis] == shape[axis] == samples:
-                return x.movedim(axis, 0), g.movedim(axis + 1, 1)
-        if x.shape[0] == shape[0] and x.shape[0] % samples == 0:
-            return x.unflatten(0, (samples, -1)), g.unflatten(1, (samples, -1))  # type: ignore[no-untyped-call]
+
+    def fits(axis: int) -> bool:
+        if axis == _MERGED:
+            return x.shape[0] == shape[0] and x.shape[0] % samples == 0
+        return axis < min(x.ndim, len(shape)) and x.shape[axis] == shape[axis] == samples
+
+    candidates = [0, *range(1, min(x.ndim, len(shape))), _MERGED] if adapter.positionwise else [0]
+    if known is not None:
+        candidates.insert(0, known)
+    for axis in candidates:
+        if fits(axis):
+            return axis
     raise CaptureError(
         f"{where}: its input has shape {tuple(x.shape)} and its output {tuple(shape)}, the model's output {samples} "
         "samples; the first axis must be the sample axis in all of them"
     )
+
+
+def _samples_first(x: Tensor, g: Tensor, samples: int, axis: int) -> tuple[Tensor, Tensor]:
+    if axis == _MERGED:
+        return x.unflatten(0, (samples, -1)), g.unflatten(1, (samples, -1))  # type: ignore[no-untyped-call]
+    return x.movedim(axis, 0), g.movedim(axis + 1, 1)
+
+
+def pull_back(current: Pass, outputs: Tensor, columns: Tensor, batched: bool) -> None:
+    """Send columns of output cotangents back to the outputs of every recorded call.
+
+    Parameters
+    ----------
+    current
+        A pass with records and edges.
+    outputs
+        The model's outputs, in the graph.
+    columns
+        Shape ``(columns, *outputs.shape)``.
+    batched
+        Whether all columns go back at once, vectorised, or one after the other.
+
+    Notes
+    -----
+    An output without a sample axis is shared by all samples, and what arrives there is their sum. Its cotangents are
+    taken one sample at a time: exact, at the price of a backward pass for each.
+    """
+    samples = outputs.shape[0]
+    edges = current.edges()
+    apart = [place for place in edges if not place[0].stands_alone(place[1], samples)]
+    alone = [place for place in edges if place[0].stands_alone(place[1], samples)]
+    if apart:
+        found = _gradients(outputs, [edge for _, _, edge in apart], columns, batched)
+        for (call, index, _), *arrived in zip(apart, *found, strict=True):
+            call.arrived(index, arrived)
+    if alone:
+        eye = torch.eye(samples, dtype=columns.dtype, device=columns.device)
+        masks = eye.reshape(samples, samples, *([1] * (outputs.ndim - 1)))
+        for column, one in enumerate(columns):
+            found = _gradients(outputs, [edge for _, _, edge in alone], masks * one, batched=True)
+            for (call, index, _), *arrived in zip(alone, *found, strict=True):
+                call.arrived(index, arrived)
+                mine, before = call.cotangents[index], call.alone.get(index)
+                if mine is not None:
+                    mine = mine[None]
+                    call.alone[index] = mine if column == 0 or before is None else torch.cat([before, mine])
+        for call, index, _ in alone:
+            call.cotangents[index] = call.alone.pop(index, None)
+
+
+def _gradients(
+    outputs: Tensor, edges: list[GradientEdge], columns: Tensor, batched: bool
+) -> list[tuple[Tensor | None, ...]]:
+    """Gradients at the edges, one tuple a column."""
+    if not batched or columns.shape[0] == 1:
+        return [torch.autograd.grad(outputs, edges, one, retain_graph=True, allow_unused=True) for one in columns]
+    found = torch.autograd.grad(outputs, edges, columns, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    return [tuple(None if g is None else g[column] for g in found) for column in range(columns.shape[0])]
 
 
 def _single(call: Record, cotangents: tuple[Tensor | None, ...], where: str) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from curvlib.capture.rows import Pass, block_factors
+from curvlib.capture.rows import Pass, block_factors, pull_back
 from curvlib.errors import CaptureError
 from curvlib.layers import Block
 
@@ -55,14 +55,9 @@ def verify(blocks: Sequence[Block], current: Pass, outputs: Tensor) -> None:
     weights = (1.5 + torch.sin(pattern[: _COLUMNS * outputs.shape[0]] * 2)).reshape(_COLUMNS, -1).to(outputs.dtype)
     uniform = weights.mean(dim=1, keepdim=True).expand_as(weights)
     parameters = [p for block in blocks for p in block.parameters.values()]
-    places = [edge for _, _, edge in edges]
-    columns = [
-        torch.autograd.grad(outputs, places, cotangent, retain_graph=True, allow_unused=True)
-        for cotangent in cotangents
-    ]
-    for (call, place, _), *arrived in zip(edges, *columns, strict=True):
-        call.arrived(place, arrived)
-    coarse = max(torch.finfo(t.dtype).eps for t in (outputs, *(g for g in columns[0] if g is not None)))
+    pull_back(current, outputs, cotangents, batched=False)
+    found = [cotangent for call, place, _ in edges if (cotangent := call.cotangents[place]) is not None]
+    coarse = max(torch.finfo(tensor.dtype).eps for tensor in (outputs, *found))
     coupled = _before(current.couplings)
     current.couplings.clear()
 

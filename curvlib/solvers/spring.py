@@ -64,6 +64,7 @@ class SPRING(Solver):
     """
 
     exact: ClassVar[bool] = False
+    of_fresh_rows: ClassVar[bool] = True
     momentum: float = 0.99
     tolerance: float = 1e-2
 

@@ -314,3 +314,66 @@ def test_an_output_that_is_made_anew_counts_when_the_loss_uses_the_original():
     torch.testing.assert_close(
         optimizer.curvature["body"].estimate.matrix, samples_first.covariance() / samples_first.normalizer
     )
+
+
+class Positions(nn.Module):
+    """A learned embedding of positions that all samples share, added by broadcasting."""
+
+    def __init__(self, lead):
+        super().__init__()
+        self.words, self.positions, self.head = nn.Embedding(9, 4), nn.Embedding(7, 4), nn.Linear(4, 3)
+        self.lead = lead
+
+    def forward(self, x):
+        index = torch.arange(x.shape[1])
+        h = self.words(x) + self.positions(index[None] if self.lead else index)
+        return self.head(h.tanh().mean(1))
+
+
+@pytest.mark.parametrize("samples", [3, 5, 6])
+@pytest.mark.parametrize("lead", [True, False])
+@pytest.mark.parametrize("kind", FISHERS)
+def test_what_all_samples_share_has_rows_for_each(lead, kind, samples):
+    model = Positions(lead).double()
+    x = torch.randint(0, 9, (samples, 5), generator=torch.Generator().manual_seed(0))
+    refusal = None
+    if not lead and samples == 5:  # as many positions as samples: what they are cannot be told, but is found out
+        refusal = "'positions'.*do not add up"
+    elif not lead and kind == "empirical":
+        refusal = "'positions'.*all samples share its output.*use Sampled or Exact"
+    if refusal:
+        with pytest.raises(CaptureError, match=refusal):
+            curvlib.collect(model, FISHERS[kind], x, loss=lambda out: out.square().mean())
+        return
+    taken = curvlib.collect(model, FISHERS[kind], x, loss=lambda out: out.square().sum() / samples)
+    assert len(taken["positions"]) == samples * (3 if kind == "exact" else 1)
+    if kind == "exact":
+        rows = taken["positions"].dense().matrix().reshape(samples, 3, -1)
+        for sample in range(samples):
+            for column in range(3):
+                output = model(x[sample : sample + 1])[0, column]
+                (row,) = torch.autograd.grad(output, [model.positions.weight])
+                torch.testing.assert_close(rows[sample, column], row.flatten())
+
+
+def test_the_sample_axis_told_once_is_kept():
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.body(x.transpose(0, 1)).tanh().mean(0))
+
+    model = SequenceFirst().double()
+    capture = capture_of(model, curvlib.Exact(), every_pass=True)
+    model(torch.randn(5, 7, 4, dtype=torch.float64))
+    capture.take()
+    x = torch.randn(7, 7, 4, dtype=torch.float64)  # as many samples as positions: the layout must not flip
+    model(x)
+    rows = capture.take()["body"].dense().values["weight"].reshape(7, 3, 4, 4)
+    capture.detach()
+    columns = curvlib.Exact().cotangents(model(x).detach(), None)
+    for sample in range(7):
+        output = (model(x[sample : sample + 1])[0] * columns[1, sample]).sum()
+        torch.testing.assert_close(rows[sample, 1], torch.autograd.grad(output, [model.body.weight])[0])
