@@ -19,7 +19,18 @@ from curvlib.errors import (
 from curvlib.explanation import explain
 from curvlib.factors import Factors
 from curvlib.fisher import Bernoulli, Categorical, Empirical, Exact, Gaussian, Likelihood, Sampled
-from curvlib.precond import Constant, Every, KLClip, Momentum, NaturalGradient, TENGraD, Transform, WeightDecay, compose
+from curvlib.precond import (
+    Constant,
+    Every,
+    KLClip,
+    Momentum,
+    NaturalGradient,
+    TENGraD,
+    Transform,
+    WeightDecay,
+    compose,
+    recipes,
+)
 from curvlib.solvers import Solver, Woodbury
 
 __version__ = "0.1.0"
@@ -28,7 +39,7 @@ __all__ = [  # noqa: RUF022  # grouped by seam, in the order in which a gradient
     # rooms
     "arrays", "factors", "layers", "fisher", "solvers", "precond", "func", "testing", "explanation",
     # compose an optimizer
-    "compose", "NaturalGradient", "TENGraD",
+    "compose", "NaturalGradient", "TENGraD", "recipes",
     # which curvature
     "Sampled", "Empirical", "Exact", "Likelihood", "Categorical", "Gaussian", "Bernoulli",
     # how it is inverted

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from curvlib.cli.contestants import CONTESTANTS, Value, choose, hyperparameters
+from curvlib.cli.contestants import CONTESTANTS, RACED, Value, choose, hyperparameters
 from curvlib.cli.environment import describe_environment
 from curvlib.cli.models import MODELS
 from curvlib.cli.options import add_override_options, add_task_options, count, positive, read_overrides, task_from
@@ -37,7 +37,9 @@ def add_parser(subparsers: Any) -> None:
         description="Train one network with several optimizers for equal training time and report on it.",
     )
     known = "; ".join(f"{name}: {contestant.description}" for name, contestant in CONTESTANTS.items())
-    parser.add_argument("--optimizers", default="all", metavar="NAMES", help=f"comma-separated, or all. {known}")
+    parser.add_argument(
+        "--optimizers", default=RACED, metavar="NAMES", help=f"comma-separated, or all (default: {RACED}). {known}"
+    )
     parser.add_argument(
         "--seconds", type=positive, default=40.0, metavar="S", help="training time for each optimizer (default: 40)"
     )

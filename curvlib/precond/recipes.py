@@ -10,13 +10,28 @@ from typing import Any
 from torch import nn
 
 from curvlib import solvers
-from curvlib.fisher import Categorical, Exact, Likelihood, Sampled
+from curvlib.fisher import Categorical, Empirical, Exact, Likelihood, Sampled
 from curvlib.precond.compose import compose
 from curvlib.precond.optimizer import NaturalGradient
-from curvlib.precond.refresh import Intervals
+from curvlib.precond.refresh import Intervals, Refresh
 from curvlib.precond.transforms import KLClip, Momentum, Transform, WeightDecay
 
-__all__ = ["EKFAC", "KFAC", "SKFAC", "ExactNGD", "TENGraD"]
+__all__ = [
+    "EKFAC",
+    "IKFAC",
+    "KFAC",
+    "MKOR",
+    "SENG",
+    "SINGD",
+    "SKFAC",
+    "SOAP",
+    "SPRING",
+    "Eva",
+    "ExactNGD",
+    "HyLo",
+    "Shampoo",
+    "TENGraD",
+]
 
 # The functions bear the methods' names, as their authors write them.
 # ruff: noqa: N802
@@ -154,6 +169,158 @@ def SKFAC(
     Parameters are those of `KFAC`.
     """
     return KFAC(model, lr, damping, refresh, refresh, solver=solvers.SKFAC(), **options)
+
+
+def HyLo(
+    model: nn.Module,
+    lr: float = 0.03,
+    damping: float = 0.3,
+    refresh: int = 100,
+    ratio: float = 0.1,
+    interpolate: bool = True,
+    kl_clip: float | None = 1e-2,
+    **options: Any,
+) -> NaturalGradient:
+    """HyLo (Mu et al., SC22): a share of the rows for all, interpolated (KID) or sampled by importance (KIS).
+
+    Parameters
+    ----------
+    model, lr, damping, refresh, kl_clip
+        As in `TENGraD`; the authors go without a clip.
+    ratio
+        Share of the rows that is kept.
+    interpolate
+        Whether rows are interpolated, as the authors do early in training, or sampled, as later.
+    **options
+        As in `TENGraD`: momentum, weight_decay, reduction; further arguments of `compose`.
+    """
+    solver = solvers.KID(ratio=ratio) if interpolate else solvers.KIS(ratio=ratio, unbiased=True)
+    return _empirical(model, solver, lr, damping, refresh, [*_clip(kl_clip)], **options)
+
+
+def SENG(
+    model: nn.Module,
+    lr: float = 0.03,
+    damping: float = 0.3,
+    refresh: int = 100,
+    columns: int = 65536,
+    kl_clip: float | None = 1e-2,
+    **options: Any,
+) -> NaturalGradient:
+    """SENG (Yang et al. 2020, arXiv 2006.05924): sketched empirical natural gradients.
+
+    Parameters are those of `HyLo`; `columns` is how many of a block's parameters are sampled.
+    """
+    return _empirical(model, solvers.SENG(columns=columns), lr, damping, refresh, [*_clip(kl_clip)], **options)
+
+
+def Eva(
+    model: nn.Module,
+    lr: float = 0.03,
+    damping: float = 0.03,
+    kl_clip: float | None = 1e-3,
+    **options: Any,
+) -> NaturalGradient:
+    """Eva (Zhang, Shi, Li, ICLR 2023): Kronecker vectors of batch means, renewed at every step.
+
+    Parameters are those of `HyLo`.
+    """
+    return _empirical(model, solvers.Eva(), lr, damping, 1, [*_clip(kl_clip)], **options)
+
+
+def MKOR(model: nn.Module, lr: float = 0.1, refresh: int = 10, **options: Any) -> NaturalGradient:
+    """MKOR (NeurIPS 2023): rank-one updates of inverse Kronecker factors; each block keeps its gradient's length.
+
+    Parameters are those of `HyLo`; the method has no damping.
+    """
+    return _empirical(model, solvers.MKOR(), lr, 1.0, refresh, [], **options)
+
+
+def SINGD(
+    model: nn.Module, lr: float = 0.01, damping: float = 1e-3, refresh: int = 10, rate: float = 0.05, **options: Any
+) -> NaturalGradient:
+    """SINGD (Lin et al. 2023, arXiv 2312.05705): inverse-free, multiplicative updates of Kronecker preconditioners.
+
+    Parameters are those of `HyLo`; `rate` is the step of the preconditioner, whose damping acts inside its update.
+    """
+    solver = solvers.SINGD(damping=damping, rate=rate, normalized=True)
+    return _empirical(model, solver, lr, damping, refresh, [], **options)
+
+
+def IKFAC(
+    model: nn.Module, lr: float = 0.01, damping: float = 0.01, refresh: int = 10, rate: float = 0.05, **options: Any
+) -> NaturalGradient:
+    """IKFAC (Lin et al. 2023, arXiv 2312.05705): SINGD without the trace factors, an inverse-free K-FAC.
+
+    Parameters are those of `SINGD`.
+    """
+    solver = solvers.SINGD(damping=damping, rate=rate, normalized=True, kfac_like=True)
+    return _empirical(model, solver, lr, damping, refresh, [], **options)
+
+
+def SPRING(
+    model: nn.Module,
+    lr: float = 0.1,
+    damping: float = 0.1,
+    decay: float = 0.9,
+    kl_clip: float | None = 1e-2,
+    **options: Any,
+) -> NaturalGradient:
+    """SPRING (arXiv 2401.10190): fresh rows at every step, momentum inside the Woodbury solve.
+
+    Parameters are those of `HyLo`; `decay` is the momentum inside the solve, and `momentum` 0 unless given.
+    """
+    options = {"momentum": 0.0, **options}
+    return _empirical(model, solvers.SPRING(momentum=decay), lr, damping, 1, [*_clip(kl_clip)], **options)
+
+
+def Shampoo(
+    model: nn.Module,
+    lr: float = 0.01,
+    damping: float = 1e-4,
+    estimate_every: int = 1,
+    refresh: int = 10,
+    **options: Any,
+) -> NaturalGradient:
+    """Shampoo (Gupta, Koren, Singer 2018, arXiv 1802.09568): matrix preconditioners of the gradient's own statistics.
+
+    Parameters are those of `HyLo`; statistics every `estimate_every` steps, roots every `refresh`.
+    """
+    return _empirical(model, solvers.Shampoo(), lr, damping, Intervals(estimate_every, refresh), [], **options)
+
+
+def SOAP(model: nn.Module, lr: float = 3e-3, damping: float = 1e-8, **options: Any) -> NaturalGradient:
+    """SOAP (Vyas et al. 2024, arXiv 2409.11321): Adam in Shampoo's eigenbasis.
+
+    Parameters are those of `HyLo`; the damping is Adam's ε. Momentum is the solver's own: `momentum` is 0 unless given.
+    """
+    return _empirical(model, solvers.SOAP(), lr, damping, 1, [], **{"momentum": 0.0, **options})
+
+
+def _empirical(
+    model: nn.Module,
+    solver: solvers.Solver,
+    lr: float,
+    damping: float,
+    refresh: Refresh | int,
+    transforms: list[Transform],
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    reduction: str = "mean",
+    likelihood: Likelihood | None = None,
+    **options: Any,
+) -> NaturalGradient:
+    """What the methods that look at the loss's own gradients have in common; they have no use for a likelihood."""
+    return compose(
+        model,
+        fisher=Empirical(reduction),
+        solver=solver,
+        damping=damping,
+        refresh=refresh,
+        transforms=[*transforms, Momentum(momentum), WeightDecay(weight_decay)],
+        lr=lr,
+        **options,
+    )
 
 
 def _clip(bound: float | None) -> list[Transform]:

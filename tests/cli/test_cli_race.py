@@ -153,7 +153,7 @@ def test_race_end_to_end(tmp_path, capsys):
         "| sgd |",
         "| adam |",
         "lr 0.1, momentum 0.9",
-        "not tuned yet",
+        "benchmarks/tuning",
         "loss ≤ 2",
         "not reached",
         "(train_loss_seconds.png)",

@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 
+import curvlib
 from curvlib.cli.batches import Batches, BatchOrder
 from curvlib.cli.contestants import (
     CONTESTANTS,
@@ -213,40 +214,29 @@ def test_refused_hyperparameters_are_a_sentence():
         build_optimizer("sgd", torch.nn.Linear(2, 2), "categorical", {"speed": 1.0}, 0)
 
 
-def stand_in(monkeypatch, recipe):
-    """Put a recipe where the curvature builders look for theirs."""
-    import importlib
-    import types
-
-    names = {
-        "curvlib": types.SimpleNamespace(**recipe),
-        "curvlib.fisher": types.SimpleNamespace(Categorical=lambda: "categories", Bernoulli=lambda: "pixels"),
-    }
-    monkeypatch.setattr(importlib, "import_module", lambda name: names[name])
-
-
-@pytest.mark.parametrize(("likelihood", "distribution"), [("categorical", "categories"), ("bernoulli", "pixels")])
-def test_tengrad_is_given_likelihood_and_seed(monkeypatch, likelihood, distribution):
-    seen = {}
-    stand_in(monkeypatch, {"TENGraD": lambda model, **options: seen.update(options)})
-    build_optimizer("tengrad", torch.nn.Linear(2, 2), likelihood, CONTESTANTS["tengrad"].defaults, 7)
-    assert (seen["likelihood"], seen["seed"], seen["samples"]) == (distribution, 7, 1)
-    assert set(CONTESTANTS["tengrad"].defaults) < set(seen)
+@pytest.mark.parametrize(
+    ("likelihood", "distribution"), [("categorical", curvlib.Categorical()), ("bernoulli", curvlib.Bernoulli())]
+)
+def test_tengrad_is_given_likelihood_seed_and_hyperparameters(likelihood, distribution):
+    values = {**CONTESTANTS["tengrad"].defaults, "refresh": 7, "samples": 3, "kl_clip": None}
+    optimizer = build_optimizer("tengrad", torch.nn.Linear(2, 2), likelihood, values, 7)
+    assert optimizer.fisher == curvlib.Sampled(distribution, 3)
+    assert optimizer.refresh == curvlib.Every(7)
+    assert optimizer.damping == curvlib.Constant(values["damping"])
+    assert not any(isinstance(transform, curvlib.KLClip) for transform in optimizer.transforms)
 
 
-def test_missing_recipe(monkeypatch):
-    stand_in(monkeypatch, {})
-    with pytest.raises(ConfigurationError, match="not part of this installation"):
-        build_optimizer("tengrad", torch.nn.Linear(2, 2), "categorical", {}, 0)
+@pytest.mark.parametrize("name", [name for name in CONTESTANTS if name not in ("sgd", "adam", "adamw")])
+def test_every_recipe_can_race_with_its_defaults(name):
+    values = hyperparameters(name, "mlp", {})
+    assert isinstance(build_optimizer(name, torch.nn.Linear(2, 2), "categorical", values, 0), curvlib.NaturalGradient)
+    assert CONTESTANTS[name].description
 
 
-def test_configuration_errors_of_a_recipe_pass_unchanged(monkeypatch):
-    def refuse(model, **options):
-        raise ConfigurationError("damping must be positive")
-
-    stand_in(monkeypatch, {"TENGraD": refuse})
-    with pytest.raises(ConfigurationError, match=r"^damping must be positive$"):
-        build_optimizer("tengrad", torch.nn.Linear(2, 2), "categorical", {}, 0)
+def test_configuration_errors_of_a_recipe_pass_unchanged():
+    values = hyperparameters("tengrad", "mlp", {"damping": "-1"})
+    with pytest.raises(ConfigurationError, match=r"^damping must be a positive"):
+        build_optimizer("tengrad", torch.nn.Linear(2, 2), "categorical", values, 0)
 
 
 def test_targets():
