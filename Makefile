@@ -9,7 +9,7 @@ OUT    ?= runs/race
 export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install race test lint bench docs gpu clean
+.PHONY: help install race test lint bench docs gpu architectures clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ bench: $(STAMP)  ## run the asv benchmarks on this commit, quick profile
 docs: $(STAMP)  ## build the documentation in docs/_build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
+
+architectures: $(STAMP)  ## install transformers and test its architectures (they are skipped where it is missing)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[architectures]'
+	$(BIN)/python -m pytest tests/architectures $(ARGS)
 
 gpu: $(STAMP)  ## run the tests that need a GPU (says so where there is none)
 	@if $(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; \

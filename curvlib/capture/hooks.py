@@ -71,6 +71,7 @@ class Capture:
         self._output = output
         self._every_pass = every_pass
         self._unchecked = check
+        self._checked = 0  # samples of the largest pass that was checked, while there may be another check
         self._numbers = itertools.count()
         self._current: Pass | None = None
         self._used: list[Pass] = []
@@ -193,12 +194,14 @@ class Capture:
         if not outputs.requires_grad:
             return
         current.observations = self.fisher.observations(outputs)
-        current.samples = int(outputs.shape[0])
+        current.settle(int(outputs.shape[0]))
         self._pulling_back = True
         try:
-            if self._unchecked:
+            if self._unchecked and current.samples > self._checked:
                 verify(self.blocks, current, outputs)
-                self._unchecked = False
+                # A single sample does not show where samples are; the first batch of more is checked too.
+                self._checked, self._unchecked = 1, current.samples == 1
+            current.couplings.clear()
             if not self.fisher.needs_backward:
                 self._pull_back(current, outputs)
         finally:

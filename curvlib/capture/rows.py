@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from curvlib.errors import CaptureError
+from curvlib.capture.axes import ALONE, likely_axis, samples_first
+from curvlib.errors import CaptureError, CurvatureError
 from curvlib.factors import Factors
 from curvlib.factors.combine import stack_columns
-from curvlib.layers import Adapter, Block, Call, Use
+from curvlib.layers import Block, Call, Use
 from curvlib.layers.tree import mapped, tensors, wide
 
-__all__ = ["Pass", "Place", "Record", "block_factors", "pull_back"]
+__all__ = ["Pass", "Place", "Record", "block_factors", "gradients", "pull_back"]
 
 
 class Place:
@@ -62,14 +63,15 @@ class Record:
     coupled: bool = False  # whether the module made samples depend on each other
     positionwise: bool = False  # whether the module acts on the last axis alone
 
+    axis: int | None = None  # where its one input and output have their samples; None where nothing fits
     alone: dict[int, Tensor] = field(default_factory=dict)  # cotangents of shared outputs while they are gathered
 
-    def stands_alone(self, index: int, samples: int) -> bool:
-        """Whether an output has no sample axis, as that of an embedding of positions that all samples share."""
-        place = self.places[index]
-        if place is None or not self.positionwise:
-            return False
-        return samples not in place.shape[:-1] and (place.shape[0] % samples != 0 or len(place.shape) < 2)
+    def shapes(self) -> tuple[Sequence[int], Sequence[int]] | None:
+        """Shapes of input and output, if there is one of each."""
+        inputs = tensors((self.args, self.kwargs))
+        if len(inputs) != 1 or len(self.places) != 1 or self.places[0] is None:
+            return None
+        return inputs[0].shape, self.places[0].shape
 
     def arrived(self, index: int, gradients: Sequence[Tensor | None]) -> None:
         """Keep the cotangents of one output from the gradients of all columns."""
@@ -93,6 +95,17 @@ class Pass:
     factors: dict[str, Factors] = field(default_factory=dict)
     axes: dict[tuple[Use, int], int] = field(default_factory=dict)  # sample axis of each call, once it was told
     couplings: list[GradientEdge] = field(default_factory=list)  # inputs of modules that couple samples, until checked
+
+    def settle(self, samples: int) -> None:
+        """Take the number of samples, and with it find the sample axis of every call by what is known and by sizes."""
+        self.samples = samples
+        for use, calls in self.records.items():
+            for number, call in enumerate(calls):
+                if (shapes := call.shapes()) is not None:
+                    known = self.axes.get((use, number))
+                    call.axis = likely_axis(*shapes, samples, call.positionwise, known)
+                    if call.axis is not None and samples > 1:  # one sample fits almost any axis, and proves nothing
+                        self.axes.setdefault((use, number), call.axis)
 
     def edges(self) -> list[tuple[Record, int, GradientEdge]]:
         """Every recorded output that has a place in the graph."""
@@ -148,7 +161,17 @@ def _rows(block: Block, use: Use, number: int, call: Record, current: Pass) -> F
     def run(x: Any, g: Any, rows: int) -> Factors:
         # An adapter that reads parameters would otherwise keep a graph alive in the rows.
         with torch.no_grad():
-            factors = adapter.function(use.module, x, g)
+            try:
+                factors = adapter.function(use.module, x, g)
+            except CurvatureError:
+                raise
+            except Exception as error:  # the adapter may be anyone's, and the layer a subclass that it does not know
+                kind = type(use.module).__name__
+                raise CaptureError(
+                    f"{where}: the adapter failed ({type(error).__name__}: {error}). If {kind} computes something else "
+                    f"than the class that the adapter was written for, register one for it; the exact fallback serves "
+                    f"any module: curvlib.layers.register({kind})(curvlib.layers.fallback)"
+                ) from error
         _check_rows(factors, use, rows, where)
         return factors
 
@@ -162,18 +185,17 @@ def _rows(block: Block, use: Use, number: int, call: Record, current: Pass) -> F
             factors = stack_columns([run(whole, g, samples) for g in one_column])
     else:
         x, g = _single(call, cotangents, where)
-        if call.stands_alone(0, samples):
-            place = call.places[0]
-            if place is None or g.ndim != len(place.shape) + 2:
-                raise CaptureError(
-                    f"{where}: all samples share its output of shape {tuple(g.shape[1:])}, and the backward pass of the loss "
-                    "shows the sum of their cotangents alone: use Sampled or Exact, or give it a first axis of size 1"
-                )
-            x = x.expand(samples, *x.shape)
-        else:
-            axis = _sample_axis(adapter, x, g, samples, current.axes.get((use, number)), where)
-            current.axes[use, number] = axis
-            x, g = _samples_first(x, g, samples, axis)
+        if call.axis is None:
+            raise CaptureError(
+                f"{where}: its input has shape {tuple(x.shape)} and its output {tuple(g.shape[1:])}, the model's "
+                f"output {samples} samples; the first axis must be the sample axis in all of them"
+            )
+        if call.axis == ALONE and (call.places[0] is None or g.ndim != len(call.places[0].shape) + 2):
+            raise CaptureError(
+                f"{where}: all samples share its output of shape {tuple(g.shape[1:])}, and the backward pass of the "
+                "loss shows the sum of their cotangents alone: use Sampled or Exact, or give it a first axis of size 1"
+            )
+        x, g = samples_first(x, g, samples, call.axis)
         if adapter.columns:
             factors = run(x, g.movedim(0, 1), samples * columns)
         else:
@@ -181,41 +203,6 @@ def _rows(block: Block, use: Use, number: int, call: Record, current: Pass) -> F
     if any(inner != outer for inner, outer in use.names.items()):
         factors = factors.renamed(use.names)
     return factors
-
-
-_MERGED = -1
-"""In place of an axis: samples are the outer part of the first axis."""
-
-
-def _sample_axis(adapter: Adapter, x: Tensor, g: Tensor, samples: int, known: int | None, where: str) -> int:
-    """Sample axis that input and output have in common, elsewhere than first only where the adapter's layer allows it.
-
-    Equal sizes do not prove equal meaning, but what is wrong is found out by the check of the first pass; what was
-    right then is kept, so that a later batch with another axis of that size is not taken for another layout.
-    """
-    shape = g.shape[1:]
-
-    def fits(axis: int) -> bool:
-        if axis == _MERGED:
-            return x.shape[0] == shape[0] and x.shape[0] % samples == 0
-        return axis < min(x.ndim, len(shape)) and x.shape[axis] == shape[axis] == samples
-
-    candidates = [0, *range(1, min(x.ndim, len(shape))), _MERGED] if adapter.positionwise else [0]
-    if known is not None:
-        candidates.insert(0, known)
-    for axis in candidates:
-        if fits(axis):
-            return axis
-    raise CaptureError(
-        f"{where}: its input has shape {tuple(x.shape)} and its output {tuple(shape)}, the model's output {samples} "
-        "samples; the first axis must be the sample axis in all of them"
-    )
-
-
-def _samples_first(x: Tensor, g: Tensor, samples: int, axis: int) -> tuple[Tensor, Tensor]:
-    if axis == _MERGED:
-        return x.unflatten(0, (samples, -1)), g.unflatten(1, (samples, -1))  # type: ignore[no-untyped-call]
-    return x.movedim(axis, 0), g.movedim(axis + 1, 1)
 
 
 def pull_back(current: Pass, outputs: Tensor, columns: Tensor, batched: bool) -> None:
@@ -239,17 +226,17 @@ def pull_back(current: Pass, outputs: Tensor, columns: Tensor, batched: bool) ->
     """
     samples = outputs.shape[0]
     edges = current.edges()
-    apart = [place for place in edges if not place[0].stands_alone(place[1], samples)]
-    alone = [place for place in edges if place[0].stands_alone(place[1], samples)]
+    apart = [place for place in edges if place[0].axis != ALONE]
+    alone = [place for place in edges if place[0].axis == ALONE]
     if apart:
-        found = _gradients(outputs, [edge for _, _, edge in apart], columns, batched)
+        found = gradients(outputs, [edge for _, _, edge in apart], columns, batched)
         for (call, index, _), *arrived in zip(apart, *found, strict=True):
             call.arrived(index, arrived)
     if alone:
         eye = torch.eye(samples, dtype=columns.dtype, device=columns.device)
         masks = eye.reshape(samples, samples, *([1] * (outputs.ndim - 1)))
         for column, one in enumerate(columns):
-            found = _gradients(outputs, [edge for _, _, edge in alone], masks * one, batched=True)
+            found = gradients(outputs, [edge for _, _, edge in alone], masks * one, batched=True)
             for (call, index, _), *arrived in zip(alone, *found, strict=True):
                 call.arrived(index, arrived)
                 mine, before = call.cotangents[index], call.alone.get(index)
@@ -260,7 +247,7 @@ def pull_back(current: Pass, outputs: Tensor, columns: Tensor, batched: bool) ->
             call.cotangents[index] = call.alone.pop(index, None)
 
 
-def _gradients(
+def gradients(
     outputs: Tensor, edges: list[GradientEdge], columns: Tensor, batched: bool
 ) -> list[tuple[Tensor | None, ...]]:
     """Gradients at the edges, one tuple a column."""

@@ -4,6 +4,8 @@ Hooks see calls of modules, not uses of parameters. A weight that is also used d
 has them on another axis, a wrong adapter: each would give a wrong curvature without a word. So once, for cotangents and
 row weights fixed beforehand, the weighted sum of each block's rows is compared with autograd's gradient.
 
+What decides where a call has its samples is found out at the same occasion (`curvlib.capture.axes`).
+
 Where a module is known to couple samples (batch statistics), the rows of the blocks before it are shares of the
 gradient at the activations. Their plain sum alone is the gradient of something, and is what is compared.
 """
@@ -11,15 +13,18 @@ gradient at the activations. Their plain sum alone is the gradient of something,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from curvlib.capture.rows import Pass, block_factors, pull_back
+from curvlib.capture.axes import ALONE, possible_axes, told_by
+from curvlib.capture.rows import Pass, Record, block_factors, gradients, pull_back
 from curvlib.errors import CaptureError
 from curvlib.layers import Block
+from curvlib.layers.tree import tensors
 
 __all__ = ["verify"]
 
@@ -55,20 +60,21 @@ def verify(blocks: Sequence[Block], current: Pass, outputs: Tensor) -> None:
     weights = (1.5 + torch.sin(pattern[: _COLUMNS * outputs.shape[0]] * 2)).reshape(_COLUMNS, -1).to(outputs.dtype)
     uniform = weights.mean(dim=1, keepdim=True).expand_as(weights)
     parameters = [p for block in blocks for p in block.parameters.values()]
+    coupled = _before(current.couplings)
+    if outputs.shape[0] > 1:
+        _find_axes(current, outputs, cotangents[0], coupled)
     pull_back(current, outputs, cotangents, batched=False)
     found = [cotangent for call, place, _ in edges if (cotangent := call.cotangents[place]) is not None]
     coarse = max(torch.finfo(tensor.dtype).eps for tensor in (outputs, *found))
-    coupled = _before(current.couplings)
-    current.couplings.clear()
 
-    def gradients(row_weights: Tensor) -> dict[Tensor, Tensor | None]:
-        weighted = (cotangents * row_weights.reshape(_COLUMNS, -1, *([1] * (outputs.ndim - 1)))).sum(0)
-        found = torch.autograd.grad(outputs, parameters, weighted, retain_graph=True, allow_unused=True)
+    def weighted(row_weights: Tensor) -> dict[Tensor, Tensor | None]:
+        summed = (cotangents * row_weights.reshape(_COLUMNS, -1, *([1] * (outputs.ndim - 1)))).sum(0)
+        found = torch.autograd.grad(outputs, parameters, summed, retain_graph=True, allow_unused=True)
         return dict(zip(parameters, found, strict=True))
 
     try:
-        apart = gradients(weights)
-        together = gradients(uniform) if coupled else {}
+        apart = weighted(weights)
+        together = weighted(uniform) if coupled else {}
         for block in blocks:
             calls = [call for use in block.uses for call in current.records.get(use, ())]
             plain = any(edge.node in coupled for call in calls for edge in call.edges if edge is not None)
@@ -78,10 +84,44 @@ def verify(blocks: Sequence[Block], current: Pass, outputs: Tensor) -> None:
                 together if plain else apart,
                 (uniform if plain else weights).T.reshape(-1),
                 tolerance=min(10 * math.sqrt(coarse), 0.3),
+                rounding=10 * max(coarse, torch.finfo(torch.float32).eps) * _largest_share(calls),
             )
     finally:
         for call, place, _ in edges:
             call.cotangents[place] = None
+
+
+def _find_axes(current: Pass, outputs: Tensor, cotangents: Tensor, coupled: Set[Node]) -> None:
+    """Settle the sample axis of every call of which sizes alone do not tell it."""
+    samples = int(outputs.shape[0])
+    asked = [
+        (use, number, call, edge)
+        for use, calls in current.records.items()
+        for number, call in enumerate(calls)
+        if call.positionwise and call.axis not in (None, ALONE) and call.places[0] is not None
+        if (edge := call.edges[0]) is not None and edge.node not in coupled
+    ]
+    if not asked:
+        return
+    ends = [0, samples - 1]
+    only = torch.zeros(2, *outputs.shape, dtype=outputs.dtype, device=outputs.device)
+    only[[0, 1], ends] = cotangents[ends]
+    found = gradients(outputs, [edge for *_, edge in asked], only, batched=False)
+    for (use, number, call, _), *arrived in zip(asked, *found, strict=True):
+        place, shapes = call.places[0], call.shapes()
+        assert place is not None  # else it has no axis
+        assert shapes is not None
+        axes = possible_axes(shapes[0], shapes[1], samples, call.positionwise)
+        for sample, gradient in zip(ends, arrived, strict=True):
+            if gradient is not None:
+                axes = told_by(place.cotangent(gradient), axes, samples, sample)
+        if axes and call.axis not in axes:
+            call.axis = axes[0]
+        elif not axes and not any(tensor.is_floating_point() for tensor in tensors((call.args, call.kwargs))):
+            # One cotangent reaches all of a lookup of positions. Features of which it does are those of a model that
+            # mixes samples, which is refused.
+            call.axis = ALONE
+        current.axes[use, number] = cast(int, call.axis)
 
 
 def _before(edges: Sequence[GradientEdge]) -> set[Node]:
@@ -96,8 +136,23 @@ def _before(edges: Sequence[GradientEdge]) -> set[Node]:
     return seen
 
 
+def _largest_share(calls: Sequence[Record]) -> float:
+    """Size that what one position contributes to a gradient has, without cancellation between positions."""
+    cotangents = [g for call in calls for g in call.cotangents if g is not None]
+    inputs = [
+        x.detach() for call in calls for x in tensors((call.args, call.kwargs)) if x.is_floating_point() and x.numel()
+    ]
+    size = math.sqrt(sum(float(g.double().square().sum()) for g in cotangents))
+    return size * max([1.0, *(float(x.abs().max()) for x in inputs)])
+
+
 def _compare(
-    block: Block, current: Pass, gradients: dict[Tensor, Tensor | None], weights: Tensor, tolerance: float
+    block: Block,
+    current: Pass,
+    gradients: dict[Tensor, Tensor | None],
+    weights: Tensor,
+    tolerance: float,
+    rounding: float,
 ) -> None:
     factors = block_factors(block, current)
     if factors is None and all(gradients[p] is None for p in block.parameters.values()):
@@ -116,8 +171,9 @@ def _compare(
         size, difference = float(expected.norm()), float((sums[name] - expected).norm())
         if not math.isfinite(size) or difference <= tolerance * max(size, float(sums[name].norm())):
             continue
-        # Rows may cancel (those of a bias before a batch norm do), and what is left of them is rounding.
-        if not difference <= tolerance * math.sqrt(float(factors.diagonal()[name].sum())):
+        # Rows may cancel (those of a bias before a batch norm do), and so may the positions of a row (a bias of keys
+        # moves all scores of a softmax alike); what is left is rounding, of a module's inner float32 at best.
+        if difference > rounding and not difference <= tolerance * math.sqrt(float(factors.diagonal()[name].sum())):
             modules = ", ".join(sorted({type(use.module).__name__ for use in block.uses}))
             raise CaptureError(
                 f"block {block.name!r} ({modules}): the rows of parameter {name!r} do not add up to its gradient "

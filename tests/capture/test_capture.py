@@ -372,3 +372,46 @@ def test_the_sample_axis_told_once_is_kept():
     for sample in range(7):
         output = (model(x[sample : sample + 1])[0] * columns[1, sample]).sum()
         torch.testing.assert_close(rows[sample, 1], torch.autograd.grad(output, [model.body.weight])[0])
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_what_all_samples_share_stays_so_in_a_batch_of_another_size(first):
+    model = Positions(lead=False).double()
+    capture = capture_of(model, curvlib.Exact(), every_pass=True)
+    for samples in (first, 4, 5):  # at last as many samples as positions
+        x = torch.randint(0, 9, (samples, 5), generator=torch.Generator().manual_seed(samples))
+        outputs = model(x)
+        rows = capture.take()["positions"].dense().values["weight"].reshape(samples, 3, 7, 4)
+    capture.detach()
+    columns = curvlib.Exact().cotangents(outputs.detach(), None)
+    for sample in range(5):
+        output = (model(x[sample : sample + 1])[0] * columns[1, sample]).sum()
+        torch.testing.assert_close(rows[sample, 1], torch.autograd.grad(output, [model.positions.weight])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_gradient_that_is_zero_but_for_rounding_passes_the_check(dtype):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            scores = self.query(x) @ self.key(x).mT  # a bias of keys moves all scores of a query alike
+            return self.head(scores.softmax(-1) @ x).mean(1)
+
+    torch.manual_seed(0)
+    model = Attention().to(dtype)
+    taken = curvlib.collect(model, curvlib.Exact(), torch.randn(3, 5, 4, dtype=dtype))
+    rows = taken["key"].dense().values
+    assert rows["bias"].norm() < 1e-5 * rows["weight"].norm()
+
+
+def test_an_adapter_that_fails_on_a_subclass_is_named_with_the_remedy():
+    class ChannelsFirst(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    model = nn.Sequential(ChannelsFirst(4), nn.Flatten(), nn.Linear(20, 3))
+    with pytest.raises(CaptureError, match=r"'0' \(ChannelsFirst.*failed.*register\(ChannelsFirst\).*fallback"):
+        curvlib.collect(model, curvlib.Exact(), torch.randn(3, 4, 5))

@@ -229,10 +229,11 @@ class Merged(SequenceFirst):
         return self.head(self.body(x.flatten(0, 1)).tanh().unflatten(0, x.shape[:2]).mean(1))
 
 
+@pytest.mark.parametrize("positions", [7, 5, 10])  # as many as samples, too, and twice as many
 @pytest.mark.parametrize("build", [SequenceFirst, Merged])
-def test_positionwise_layers_may_have_their_samples_elsewhere(build):
+def test_positionwise_layers_may_have_their_samples_elsewhere(build, positions):
     model = build().double()
-    x = torch.randn(5, 7, 4, dtype=torch.float64)
+    x = torch.randn(5, positions, 4, dtype=torch.float64)
     taken = collect(model, x)
     for name, factors in taken.items():
         parameters = list(model.get_submodule(name).parameters())
