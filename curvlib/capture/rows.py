@@ -155,7 +155,8 @@ def _rows(block: Block, use: Use, number: int, call: Record, current: Pass) -> F
             "change the mode after the step"
         )
     cotangents = tuple(None if cotangent is None else wide(cotangent) for cotangent in call.cotangents)
-    columns = next(int(cotangent.shape[0]) for cotangent in cotangents if cotangent is not None)
+    arrived = next(cotangent for cotangent in cotangents if cotangent is not None)
+    columns = int(arrived.shape[0])
     adapter = use.adapter
 
     def run(x: Any, g: Any, rows: int) -> Factors:
@@ -172,7 +173,7 @@ def _rows(block: Block, use: Use, number: int, call: Record, current: Pass) -> F
                     f"than the class that the adapter was written for, register one for it; the exact fallback serves "
                     f"any module: curvlib.layers.register({kind})(curvlib.layers.fallback)"
                 ) from error
-        _check_rows(factors, use, rows, where)
+        _check_rows(factors, use, rows, arrived, where)
         return factors
 
     if adapter.whole_call:
@@ -267,7 +268,7 @@ def _single(call: Record, cotangents: tuple[Tensor | None, ...], where: str) -> 
     return wide(inputs[0]), cast(Tensor, cotangents[0])
 
 
-def _check_rows(factors: Any, use: Use, rows: int, where: str) -> None:
+def _check_rows(factors: Any, use: Use, rows: int, like: Tensor, where: str) -> None:
     if not isinstance(factors, Factors):
         raise CaptureError(f"{where} returned {type(factors).__name__}; an adapter returns Factors")
     if len(factors) != rows:
@@ -275,3 +276,9 @@ def _check_rows(factors: Any, use: Use, rows: int, where: str) -> None:
     expected = {name: tuple(p.shape) for name, p in use.module.named_parameters() if name in use.names}
     if factors.shapes != expected and sorted(factors.shapes.items()) != sorted(expected.items()):
         raise CaptureError(f"{where} returned rows for parameters {factors.shapes}; the trainable ones are {expected}")
+    weights = factors.row_weights(1.0)
+    if weights.dtype != like.dtype or weights.device != like.device:
+        raise CaptureError(
+            f"{where} returned rows of {weights.dtype} on {weights.device}; its cotangents are {like.dtype} on "
+            f"{like.device}"
+        )

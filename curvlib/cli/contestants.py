@@ -87,7 +87,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "sgd": Contestant(
         _sgd,
         "SGD with heavy-ball momentum; weight decay coupled",
-        {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.0},
+        {"lr": 0.06, "momentum": 0.9, "weight_decay": 0.0},
         for_model={"autoencoder": {"lr": 3e-4}},
         grid={"lr": (0.01, 0.03, 0.06, 0.1)},
         grid_note=_TUNED,
@@ -95,7 +95,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "adam": Contestant(
         _adam,
         "Adam; no weight decay, as is usual",
-        {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0},
+        {"lr": 8e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0},
         for_model={"autoencoder": {"lr": 1e-3}},
         grid={"lr": (2e-3, 3e-3, 5e-3, 8e-3)},
         grid_note=_TUNED,
@@ -103,7 +103,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "adamw": Contestant(
         _adamw,
         "Adam with decoupled weight decay",
-        {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2},
+        {"lr": 8e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2},
         for_model={"autoencoder": {"lr": 1e-3, "weight_decay": 0.0}},
         grid={"lr": (2e-3, 3e-3, 5e-3, 8e-3)},
         grid_note=_TUNED,
@@ -112,8 +112,8 @@ CONTESTANTS: dict[str, Contestant] = {
         _curvature(recipes.TENGraD),
         "exact block-wise natural gradient by Woodbury, labels sampled from the model; weight decay coupled",
         {
-            "lr": 0.1,
-            "damping": 1.0,
+            "lr": 0.01,
+            "damping": 0.1,
             "refresh": 100,
             "momentum": 0.9,
             "weight_decay": 0.0,

@@ -26,7 +26,7 @@ from curvlib.cli.tasks import Task
 
 __all__ = ["add_parser", "run"]
 
-_EVALUATIONS = 20
+_EVALUATIONS = 10
 
 
 def add_parser(subparsers: Any) -> None:
@@ -48,7 +48,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--targets", metavar="LIST", help="such as loss=0.3,accuracy=0.9 (default: by data set)")
     parser.add_argument("--turn", type=positive, default=1.0, metavar="S", help="seconds between changes (default: 1)")
     parser.add_argument(
-        "--eval-every", type=positive, metavar="S", help="training time between evaluations (default: a 20th of it all)"
+        "--eval-every",
+        type=positive,
+        metavar="S",
+        help="training time between evaluations (default: a tenth of it all)",
     )
     parser.add_argument(
         "--eval-samples",

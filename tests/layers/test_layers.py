@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import curvlib
+from curvlib import solvers
 from curvlib.errors import CaptureError, ConfigurationError
 from curvlib.factors import Dense, OuterProduct
 from curvlib.layers import adapter_for, fallback, partition, register, registered
@@ -70,6 +71,11 @@ def test_only_module_classes_register(what):
         (lambda layer, x, g: Dense(gain=(g * x)[:-1]), "returned 5 rows where the batch has 6"),
         (lambda layer, x, g: Dense(gain=(g * x)[:, :3]), r"\{'gain': \(3,\)\}.*\{'gain': \(4,\)\}"),
         (lambda layer, x, g: Dense(weight=g * x), r"'weight'.*'gain'"),
+        (
+            lambda layer, x, g: Dense(gain=(g * x).float()),
+            "rows of torch.float32 on cpu; its cotangents are torch.float64",
+        ),
+        (lambda layer, x, g: Dense(gain=(g * x).to("meta")), "rows of torch.float64 on meta"),
         (lambda layer, x, g: Dense(gain=2 * g * x), "do not add up to its gradient"),
         (lambda layer, x, g: Dense(gain=(g * x).flip(0)), "do not add up to its gradient"),
     ],
@@ -292,3 +298,39 @@ def test_half_precision_is_accumulated_in_float32():
 def test_outer_products_stay_factored():
     factors = collect(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), torch.randn(6, 5))
     assert all(isinstance(rows, OuterProduct) for rows in factors.values())
+
+
+class Mixing(nn.Module):
+    """A linear map of its own kind, unknown to the library."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.linspace(-1, 1, d_out * d_in).reshape(d_out, d_in))
+
+    def forward(self, x):
+        return x @ self.matrix.T
+
+
+@pytest.mark.parametrize("name", [name for name in solvers.__all__ if name != "Solver"])
+def test_a_custom_layer_works_with_every_solver_and_appears_in_explain(registry, name):
+    @register(Mixing)
+    def mixing(layer, x, g):
+        return OuterProduct(x, g, weight="matrix")
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Mixing(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    x, y = torch.randn(12, 5), torch.arange(12) % 3
+    solver = getattr(solvers, name)()
+    optimizer = curvlib.compose(model, fisher=curvlib.Empirical(), solver=solver, damping=0.5, lr=0.01)
+    table = curvlib.explain(optimizer, x).to_dict()["parameters"]
+    assert table[0]["name"] == "0.matrix"
+    assert "mixing" in table[0]["adapter"]
+    assert name in table[0]["solver"]
+    losses = []
+    for _ in range(5):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
