@@ -96,6 +96,7 @@ MODELS: dict[str, ModelSpec] = {
         "three 3x3 convolutions of 16 channels with ReLU, MaxPool(3), linear layers of 128 and the classes: the "
         "convnet with an eighth of its width",
         minimum_size=3,
+        cpu_evaluation_samples=5_000,
     ),
     "convnet": ModelSpec(
         _paper_convnet(128, 500),
