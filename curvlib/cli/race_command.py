@@ -57,7 +57,7 @@ def add_parser(subparsers: Any) -> None:
         "--eval-samples",
         type=count(1),
         metavar="N",
-        help="training and test samples in an evaluation (default: 10000; on a CPU 5000 for small-convnet, 1000 for convnet)",
+        help="training and test samples in an evaluation (default: 10000, on a CPU fewer for slow networks)",
     )
     add_task_options(parser)
     add_override_options(parser)
