@@ -152,6 +152,6 @@ def _guarded(what: str, function: Callable[[], Any]) -> Any:
         return function()
     except CurvatureError:
         raise
-    except Exception as error:
+    except Exception as error:  # the user's code may raise anything
         message = str(error).strip().splitlines()
         raise ConfigurationError(f"{what} raises {type(error).__name__}: {message[0] if message else ''}") from error

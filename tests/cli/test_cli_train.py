@@ -7,7 +7,6 @@ import threading
 import pytest
 import torch
 
-import curvlib.cli
 from curvlib.cli import contestants, main, trainer
 from curvlib.cli.checkpoint import load_checkpoint
 from curvlib.cli.interruption import StopOnInterrupt
@@ -17,11 +16,6 @@ NAMES = list(contestants.CONTESTANTS)
 
 def command(folder, *options):
     return main(["train", "--data", "digits", "--model", "mlp", "--threads", "1", "--out", str(folder), *options])
-
-
-def available(name):
-    if name not in ("sgd", "adam", "adamw") and not hasattr(curvlib, "TENGraD"):
-        pytest.skip("the recipe is not in this version")
 
 
 def equal(a, b):
@@ -36,7 +30,6 @@ def equal(a, b):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_resume_is_bit_for_bit(tmp_path, name, capsys):
-    available(name)
     options = ["--optimizer", name, "--batch-size", "100", "--eval-every", "7", "--eval-samples", "50"]
     if name == "tengrad":
         options += ["--set", "refresh=5"]
