@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+PEERS  ?= .venv-peers
 STAMP   = $(VENV)/.installed
 OUT    ?= runs/race
 
@@ -9,7 +10,7 @@ OUT    ?= runs/race
 export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install race test lint bench docs gpu architectures clean
+.PHONY: help install race test lint bench docs gpu architectures peers clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,10 +47,20 @@ architectures: $(STAMP)  ## install transformers and test its architectures (the
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[architectures]'
 	$(BIN)/python -m pytest tests/architectures $(ARGS)
 
+$(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/peers/requirements.txt
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -r benchmarks/peers/requirements.txt -e '.[test]'
+	@touch $@
+
+peers: $(PEERS)/.installed  ## install peer libraries in .venv-peers and compare with them (KFAC_PYTORCH=checkout adds that one)
+	@test -z '$(KFAC_PYTORCH)' || $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps '$(KFAC_PYTORCH)'
+	$(PEERS)/bin/python -m pytest tests/peers $(ARGS)
+
 gpu: $(STAMP)  ## run the tests that need a GPU (says so where there is none)
 	@if $(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m pytest -m gpu $(ARGS); \
 	else echo 'no CUDA device here: nothing to run'; fi
 
-clean:  ## remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info docs/_build .asv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove the virtual environments and everything built
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info docs/_build .asv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,7 +9,10 @@ import array_api_compat
 from curvlib.arrays.namespace import Array, namespace
 from curvlib.errors import NotPositiveDefiniteError
 
-__all__ = ["add_diagonal", "cholesky", "cholesky_solve", "eigh", "is_finite", "trace", "widen"]
+_MIRROR_FROM = 512
+"""Rows from which three products of half the size are faster than one of the whole."""
+
+__all__ = ["add_diagonal", "cholesky", "cholesky_solve", "eigh", "is_finite", "self_product", "trace", "widen"]
 
 
 def add_diagonal(matrix: Array, value: Array | float) -> Array:
@@ -44,8 +47,8 @@ def cholesky(matrix: Array) -> Array:
             factor, failed = library.linalg.cholesky(matrix), False
         except library.linalg.LinAlgError:
             factor, failed = matrix, True
-    # LAPACK lets NaN through without a word.
-    if failed or not is_finite(factor):
+    # LAPACK lets NaN through without a word. One anywhere in a row reaches the diagonal below it.
+    if failed or not is_finite(namespace(factor).linalg.diagonal(factor)):
         raise NotPositiveDefiniteError(
             f"the damped curvature of shape {tuple(matrix.shape)} and dtype {matrix.dtype} is not positive definite"
         )
@@ -90,6 +93,18 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
         raise NotPositiveDefiniteError(f"{message}: {error}") from error
     # Rounding makes zero eigenvalues slightly negative, which damping should not have to make up for.
     return xp.where(values > 0, values, xp.zeros_like(values)), vectors
+
+
+def self_product(matrix: Array) -> Array:
+    """A Aᵀ for A of shape ``(n, d)``, the blocks above the diagonal mirrored instead of computed where that pays."""
+    n = matrix.shape[0]
+    if n < _MIRROR_FROM:
+        return matrix @ matrix.T
+    half, xp = n // 2, namespace(matrix)
+    top, bottom = matrix[:half], matrix[half:]
+    corner = bottom @ top.T
+    upper = xp.concat([self_product(top), corner.T], axis=1)
+    return xp.concat([upper, xp.concat([corner, self_product(bottom)], axis=1)], axis=0)
 
 
 def trace(matrix: Array) -> Array:

@@ -6,12 +6,17 @@ Fishers need only the outputs: their cotangents are pulled back to the edges at 
 empirical Fisher waits for the user's own backward, through tensor hooks.
 
 A pass is held by the graph of its own outputs, so a forward pass that no backward follows vanishes with that graph.
+
+Blocks whose gradient is *handed over* as rows keep their parameters out of the graph while their modules run, so that
+backward makes no weight gradient for them: what arrives at their outputs is kept instead (`curvlib.capture.handover`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from curvlib.capture.handover import GradientRows, Taken, Withholding
 from curvlib.capture.rows import Pass, Place, Record, block_factors, pull_back
 from curvlib.capture.verify import verify
 from curvlib.errors import CaptureError
@@ -77,6 +83,8 @@ class Capture:
         self._used: list[Pass] = []
         self._pulling_back = False
         self._axes: dict[tuple[Use, int], int] = {}
+        self._withholding = Withholding(self._hands_over)
+        self._paused = False
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for block in blocks:
             for use in block.uses:
@@ -93,7 +101,27 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._withholding.detach()
         self.clear()
+
+    def hand_over(self, names: Collection[str]) -> None:
+        """Take the gradients of these blocks as rows from now on; their parameters' `.grad` stays None.
+
+        Blocks of several modules, of modules that compute their parameters, or whose samples depend on each other are
+        left as they are, as is a pass that is checked.
+        """
+        for block in self.blocks:
+            if block.name in names:
+                self._withholding.add(block)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let passes through unseen, with ordinary gradients."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def clear(self) -> None:
         """Forget what was captured and not yet taken."""
@@ -113,34 +141,50 @@ class Capture:
         CaptureError
             If what was recorded makes no exact rows.
         """
+        return self.taken().factors
+
+    def taken(self) -> Taken:
+        """Return what `take` returns, and the gradients of the blocks that hand theirs over, as rows."""
         # Backward visits the last pass first; rows are in the order of the forward passes.
         passes, self._used = sorted(self._used, key=lambda one: one.number), []
         observations = sum(one.observations for one in passes)
+        scale = 1.0
         if isinstance(self.fisher, Empirical):
-            scale = self.fisher.scale(observations)
-            for one in passes:
-                one.factors = {name: rows.scaled(scale) for name, rows in self._factors(one).items()}
-        taken = {}
-        for block in self.blocks:
-            parts = [one.factors[block.name] for one in passes if block.name in one.factors]
-            if parts:
-                taken[block.name] = cat(parts).with_samples(observations)
-        return taken
+            armed = [one for one in passes if one.armed]
+            scale = self.fisher.scale(observations) if armed else 1.0
+            for one in armed:
+                one.factors = {name: rows.scaled(scale) for name, rows in self._factors(one, one.records).items()}
+        factors = _joined([one.factors for one in passes], self.blocks, observations)
+        gradients = {}
+        for name, rows in _joined(
+            [self._factors(one, one.handed) for one in passes], self.blocks, observations
+        ).items():
+            gradients[name] = GradientRows(rows, float(observations))
+        for name in self._withholding.names:
+            # The loss's own rows are its gradient too, up to what scaled them.
+            if self.fisher.needs_backward and name in factors and all(one.armed for one in passes):
+                gradients[name] = GradientRows(factors[name], observations / scale)
+        return Taken(factors, gradients)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _listening(self) -> bool:
-        return self.armed and not self._pulling_back and torch.is_grad_enabled()
+        return not (self._paused or self._pulling_back) and torch.is_grad_enabled()
+
+    def _hands_over(self) -> bool:
+        return self._current is not None and not self._unchecked and self._listening()
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._current = None
-        if self._listening():
+        armed = self.armed
+        if self._listening() and (armed or self._withholding.names):
             sizes = [int(tensor.shape[0]) for tensor in tensors((args, kwargs)) if tensor.ndim]
-            self._current = Pass(next(self._numbers), expected=sizes[0] if sizes else 0, axes=self._axes)
+            self._current = Pass(next(self._numbers), expected=sizes[0] if sizes else 0, axes=self._axes, armed=armed)
 
     def _recorder(self, use: Use) -> Callable[..., Any]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if self._current is None or not self._listening():
+            handed = self._withholding.just_withheld(module)
+            if self._current is None or not self._listening() or not (handed or self._current.armed):
                 return None
             results = tensors(output)
             needed = sum(tensor.requires_grad for tensor in results)
@@ -169,18 +213,25 @@ class Capture:
                 coupled=use.adapter.couples(module),
                 positionwise=use.adapter.positionwise,
             )
+            curvature = self._current.armed
+            # One record serves both where the loss's own rows are the curvature's.
+            both = curvature and self.fisher.needs_backward
+            of_loss = call if both or not curvature else replace(call, cotangents=[None] * len(results))
             for index, place in enumerate(places):
-                if place is not None and self.fisher.needs_backward:
-                    place.tensor.register_hook(self._keeper(call, index))  # type: ignore[no-untyped-call]  # in torch
+                if place is not None and (handed or both):
+                    place.tensor.register_hook(self._keeper(of_loss, index))  # type: ignore[no-untyped-call]  # in torch
                 call.edges.append(None if place is None else place.release())
-            self._current.records.setdefault(use, []).append(call)
+            if curvature:
+                self._current.records.setdefault(use, []).append(call)
+            if handed and not both:
+                self._current.handed.setdefault(use, []).append(of_loss)
             return output
 
         return record
 
     def _coupling(self, adapter: Adapter) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self._current is not None and self._unchecked and self._listening() and adapter.couples(module):
+            if self._current is not None and self._current.armed and self._unchecked and adapter.couples(module):
                 inputs = [tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad]
                 self._current.couplings += [get_gradient_edge(tensor) for tensor in inputs]
 
@@ -197,21 +248,22 @@ class Capture:
         current.settle(int(outputs.shape[0]))
         self._pulling_back = True
         try:
-            if self._unchecked and current.samples > self._checked:
+            if self._unchecked and current.armed and current.samples > self._checked:
                 verify(self.blocks, current, outputs)
                 # A single sample does not show where samples are; the first batch of more is checked too.
                 self._checked, self._unchecked = 1, current.samples == 1
             current.couplings.clear()
-            if not self.fisher.needs_backward:
+            if current.armed and not self.fisher.needs_backward:
                 self._pull_back(current, outputs)
         finally:
             self._pulling_back = False
-        if self.fisher.needs_backward:
-            for call, _, _ in current.edges():
-                call.edges.clear()  # tensor hooks do the work now, and an edge would keep the graph alive
-        else:
-            current.factors = self._factors(current)
+        if current.armed and not self.fisher.needs_backward:
+            current.factors = self._factors(current, current.records)
             current.records.clear()
+        # Tensor hooks do the rest of the work, and an edge would keep the graph alive.
+        for calls in (*current.records.values(), *current.handed.values()):
+            for call in calls:
+                call.edges.clear()
         if self._every_pass:
             self._used.append(current)
         else:
@@ -267,13 +319,24 @@ class Capture:
             )
         pull_back(current, outputs, columns, batched=True)
 
-    def _factors(self, current: Pass) -> dict[str, Factors]:
+    def _factors(self, current: Pass, records: Mapping[Use, list[Record]]) -> dict[str, Factors]:
         self._pulling_back = True  # the fallback calls modules again, which is no pass
         try:
-            made = {block.name: block_factors(block, current) for block in self.blocks}
+            made = {block.name: block_factors(block, current, records) for block in self.blocks} if records else {}
         finally:
             self._pulling_back = False
         return {name: factors for name, factors in made.items() if factors is not None}
+
+
+def _joined(parts: list[dict[str, Factors]], blocks: tuple[Block, ...], observations: int) -> dict[str, Factors]:
+    """Rows of all passes, one pass after the other, for every block that has some."""
+    joined = {}
+    for block in blocks:
+        rows = [one[block.name] for one in parts if block.name in one]
+        if rows:
+            whole = cat(rows)
+            joined[block.name] = whole if whole.normalizer == observations else whole.with_samples(observations)
+    return joined
 
 
 def _spread(tensor: Tensor, samples: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -89,7 +89,9 @@ class Pass:
 
     number: int = 0
     expected: int = 0  # samples by the root module's input
+    armed: bool = True  # whether curvature is taken
     records: dict[Use, list[Record]] = field(default_factory=dict)
+    handed: dict[Use, list[Record]] = field(default_factory=dict)  # calls whose parameters get their gradient as rows
     samples: int = 0
     observations: int = 0
     factors: dict[str, Factors] = field(default_factory=dict)
@@ -99,7 +101,7 @@ class Pass:
     def settle(self, samples: int) -> None:
         """Take the number of samples, and with it find the sample axis of every call by what is known and by sizes."""
         self.samples = samples
-        for use, calls in self.records.items():
+        for use, calls in (*self.records.items(), *self.handed.items()):
             for number, call in enumerate(calls):
                 if (shapes := call.shapes()) is not None:
                     known = self.axes.get((use, number))
@@ -118,8 +120,15 @@ class Pass:
         ]
 
 
-def block_factors(block: Block, current: Pass) -> Factors | None:
+def block_factors(block: Block, current: Pass, records: Mapping[Use, list[Record]] | None = None) -> Factors | None:
     """Factors of `block` from a pass whose cotangents have arrived; None if its modules had no part in the outputs.
+
+    Parameters
+    ----------
+    block, current
+        Block and pass.
+    records
+        Calls to make rows of; those of the pass's curvature if None.
 
     Raises
     ------
@@ -129,7 +138,7 @@ def block_factors(block: Block, current: Pass) -> Factors | None:
     parts = [
         _rows(block, use, number, call, current)
         for use in block.uses
-        for number, call in enumerate(current.records.get(use, ()))
+        for number, call in enumerate((current.records if records is None else records).get(use, ()))
         if any(cotangent is not None for cotangent in call.cotangents)
     ]
     if not parts:

@@ -134,6 +134,8 @@ CONTESTANTS: dict[str, Contestant] = {
     "singd": _recipe("SINGD"),
     "ikfac": _recipe("IKFAC"),
     "spring": _recipe("SPRING"),
+    "fngd": _recipe("FNGD"),
+    "kbfgs": _recipe("KBFGS"),
     "shampoo": _recipe("Shampoo"),
     "soap": _recipe("SOAP"),
 }

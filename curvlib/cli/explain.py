@@ -39,6 +39,8 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     name.lower(): kind
     for name, kind in vars(solvers).items()
     if isinstance(kind, type) and issubclass(kind, Solver) and not inspect.isabstract(kind)
+    # A solver made of others has no name of its own here.
+    if all(parameter.default is not parameter.empty for parameter in inspect.signature(kind).parameters.values())
 }
 
 

@@ -39,14 +39,24 @@ def training_step(task: Task, model: nn.Module, optimizer: Optimizer, batch: tup
         If the loss is not finite; the parameters then stay as they were.
     """
     inputs, targets = batch
-    loss = task.loss(model(inputs), targets)
-    loss.backward()  # type: ignore[no-untyped-call]
-    value = loss.item()
-    if not math.isfinite(value):
-        raise DivergenceError(f"the training loss became {value}: lower the learning rate or raise the damping")
-    optimizer.step()
+    losses: list[float] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = task.loss(model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.item())
+        if not math.isfinite(losses[0]):
+            raise DivergenceError(f"the training loss became {losses[0]}: lower the learning rate or raise the damping")
+        return loss
+
+    if getattr(optimizer, "needs_closure", False):
+        optimizer.step(closure)  # type: ignore[arg-type]  # torch takes the loss as a tensor
+    else:
+        closure()
+        optimizer.step()
     optimizer.zero_grad()
-    return value
+    return losses[0]
 
 
 def synchronize(device: torch.device) -> None:

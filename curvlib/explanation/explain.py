@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -86,7 +85,7 @@ def explain(
     if isinstance(model, NaturalGradient):
         if not (fisher is None and solver is None and rest is None and output is None):
             raise ConfigurationError("an optimizer has its own fisher, solver, rest and output: leave these out")
-        with _disarmed(model):
+        with model._capture.paused():
             request = Request(model.model, inputs, kwargs or {}, model.fisher, model.output, loss)
             return _explained(request, model._blocks, model.solvers, model.rest, damping)
     if not isinstance(model, nn.Module):
@@ -97,16 +96,6 @@ def explain(
     blocks = partition(model, bare="fallback" if rest == "fallback" else None).blocks
     solvers = choose_solvers(Woodbury() if solver is None else solver, blocks) if blocks else {}
     return _explained(request, blocks, solvers, rest, damping)
-
-
-@contextmanager
-def _disarmed(optimizer: NaturalGradient) -> Iterator[None]:
-    """Keep the optimizer from taking the passes that are only for explanation."""
-    armed, optimizer._capture.armed = optimizer._capture.armed, False
-    try:
-        yield
-    finally:
-        optimizer._capture.armed = armed
 
 
 def _explained(

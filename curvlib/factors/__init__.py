@@ -7,6 +7,7 @@ from curvlib.factors.kronecker import KroneckerLayout, KroneckerPair, KroneckerR
 from curvlib.factors.lowrank import LowRank
 from curvlib.factors.onehot import OneHotOuter
 from curvlib.factors.outer import OuterProduct
+from curvlib.factors.scaled import Scaled
 from curvlib.factors.shared import SharedOuter
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "LowRank",
     "OneHotOuter",
     "OuterProduct",
+    "Scaled",
     "SharedOuter",
     "Sharing",
     "Sum",

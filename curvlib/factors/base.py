@@ -86,6 +86,11 @@ class Factors(ABC):
         map_arrays(count, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
         return total
 
+    @property
+    def outer_sizes(self) -> tuple[int, int, int] | None:
+        """``(rows, d_in, d_out)`` where every row is a single outer product; None otherwise."""
+        return None
+
     def row_weights(self, value: float) -> Array:
         """Row weights that are all `value`, shape ``(rows,)``, of the factors' library, dtype and device."""
         return self.dense().row_weights(value)
@@ -188,6 +193,10 @@ class Factors(ABC):
     def compact(self) -> Factors:
         """Return the exact form that is cheapest to keep and to multiply with between refreshes."""
         return self
+
+    def portable(self) -> Factors:
+        """Return the same rows in a kind whose code is the same for the arrays of every library."""
+        return self.dense()
 
     # -- labels -------------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,10 @@ class Sum(Factors):
             raise ConfigurationError(
                 f"a sum of factors needs the same rows in every term; the terms have {counts} rows"
             )
+        stated = {term.samples for term in self.terms}
+        if self.samples is None and len(stated) == 1:
+            # What the terms agree on holds for their sum.
+            object.__setattr__(self, "samples", stated.pop())
         shapes = self.shapes
         for term in self.terms:
             for name, shape in term.shapes.items():
@@ -139,11 +143,17 @@ class Sum(Factors):
         return Sum(tuple(cat(column) for column in columns), samples=joint_samples(parts))
 
     def compact(self) -> Factors:
-        first, *others = (term.compact() for term in self.terms)
+        compact = [term.compact() for term in self.terms]
+        if all(new is old for new, old in zip(compact, self.terms, strict=True)):
+            return self
+        first, *others = compact
         kept: Factors = Sum((first,), samples=self.samples)
         for term in others:
             kept = kept.add(term)
         return kept
+
+    def portable(self) -> Sum:
+        return dataclasses.replace(self, terms=tuple(term.portable() for term in self.terms))
 
     def restricted(self, names: Collection[str]) -> Factors:
         kept = [term.restricted(term.shapes.keys() & names) for term in self.terms if term.shapes.keys() & names]

@@ -125,6 +125,9 @@ class Dense(Factors):
         values = {name: xp.concat([part.values[name] for part in parts], axis=0) for name in self.values}
         return Dense(values, samples=joint_samples([self, *others]))
 
+    def portable(self) -> Dense:
+        return self
+
     def with_samples(self, samples: int) -> Dense:
         return Dense(self.values, samples=samples)
 

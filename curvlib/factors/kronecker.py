@@ -121,6 +121,14 @@ class KroneckerRows:
         bottom = xp.concat([xp.matrix_transpose(mean), one], axis=2)
         return xp.concat([top, bottom], axis=1)
 
+    def augmented_inputs(self) -> Array:
+        """``[a, 1]``, shape ``(groups, rows, d)``: the inputs with the implicit 1 of a bias written out."""
+        xp = namespace(self.inputs)
+        ones = xp.ones_like(self.inputs[:, :, :1])
+        if self.layout.weight is None:
+            return ones
+        return self.inputs if self.layout.bias is None else xp.concat([self.inputs, ones], axis=2)
+
     def project_inputs(self, basis: Array) -> Array:
         """``[a, 1] B`` for B of shape ``(groups, d, k)``, without appending the 1."""
         if self.layout.weight is None:

@@ -113,6 +113,9 @@ class LowRank(Factors):
         left = xp.concat([xp.concat(line, axis=1) for line in blocks], axis=0)
         return LowRank(left, cat([part.basis for part in parts]), samples=joint_samples(parts))
 
+    def portable(self) -> LowRank:
+        return dataclasses.replace(self, basis=self.basis.portable())
+
     def renamed(self, names: Mapping[str, str]) -> LowRank:
         return dataclasses.replace(self, basis=self.basis.renamed(names))
 

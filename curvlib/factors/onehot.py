@@ -283,6 +283,9 @@ class OneHotOuter(Factors):
     def compact(self) -> Factors:
         return self.dense() if cost.table_is_cheaper_to_keep(self.sizes, self.vocabulary) else self
 
+    def portable(self) -> OneHotOuter:
+        return self
+
     def renamed(self, names: Mapping[str, str]) -> OneHotOuter:
         return dataclasses.replace(self, weight=names.get(self.weight, self.weight))
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from curvlib.arrays import Array, Vector, contract, namespace
+from curvlib.arrays import Array, Vector, contract, namespace, self_product
 from curvlib.errors import ConfigurationError
 from curvlib.factors.base import Factors, Sharing, joint_samples
 from curvlib.factors.dense import Dense, full_rows, spread
@@ -78,25 +78,34 @@ class OuterProduct(Factors):
     def __len__(self) -> int:
         return int(self.cotangents.shape[0] * self.cotangents.shape[1])
 
+    @property
+    def outer_sizes(self) -> tuple[int, int, int]:
+        return len(self), int(self.inputs.shape[1]), int(self.cotangents.shape[2])
+
     def row_weights(self, value: float) -> Array:
         return full_rows(self.cotangents, len(self), value)
 
     def gram(self) -> Array:
-        return self.cross_gram(self)
+        cotangents = self_product(self._flat_cotangents())
+        return cotangents if self.weight is None else self._joined(cotangents, self_product(self.inputs), self)
 
     def cross_gram(self, other: Factors) -> Array:
         if not isinstance(other, OuterProduct):
             return self.as_shared().cross_gram(other)
         self._require_same_block(other)
         cotangents = self._flat_cotangents() @ other._flat_cotangents().T
-        inputs = None if self.weight is None else self.inputs @ other.inputs.T
-        if inputs is None:
+        if self.weight is None:
             return cotangents
+        return self._joined(cotangents, self.inputs @ other.inputs.T, other)
+
+    def _joined(self, cotangents: Array, inputs: Array, other: OuterProduct) -> Array:
+        """Hadamard product of two new Gram matrices, each input's for all its columns."""
         if self.bias is not None:
-            inputs = inputs + 1
+            inputs += 1
         (n, c), (m, d) = self.cotangents.shape[:2], other.cotangents.shape[:2]
         if c == d == 1:
-            return inputs * cotangents
+            inputs *= cotangents
+            return inputs
         return (cotangents.reshape(n, c, m, d) * inputs[:, None, :, None]).reshape(n * c, m * d)
 
     def matvec(self, vector: Vector) -> Array:
@@ -109,7 +118,10 @@ class OuterProduct(Factors):
         return (self.cotangents * outputs[:, None, :]).sum(axis=-1).reshape(-1)
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:
-        weighted = self.scaled(weights).cotangents.sum(axis=1)
+        columns = self.cotangents.shape[1]
+        weighted = self._flat_cotangents() * weights[:, None]
+        if columns > 1:
+            weighted = weighted.reshape(self.cotangents.shape).sum(axis=1)
         weight = {} if self.weight is None else {self.weight: weighted.T @ self.inputs}
         bias = {} if self.bias is None else {self.bias: weighted.sum(axis=0)}
         return weight | bias
@@ -178,6 +190,9 @@ class OuterProduct(Factors):
             cotangents=xp.concat([part.cotangents for part in parts], axis=0),
             samples=joint_samples(parts),
         )
+
+    def portable(self) -> OuterProduct:
+        return self
 
     def renamed(self, names: Mapping[str, str]) -> OuterProduct:
         return dataclasses.replace(self, weight=rename(self.weight, names), bias=rename(self.bias, names))

@@ -152,7 +152,7 @@ class SharedOuter(Factors):
         return (self.cotangents * outputs[:, None]).sum(axis=(2, 3, 4)).reshape(-1)
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:
-        weighted = self.scaled(weights).cotangents.sum(axis=1)
+        weighted = self._weighted(weights).cotangents.sum(axis=1)
         result = {}
         if self.weight is not None:
             result[self.weight] = contract("nrgo,nrgi->goi", weighted, self.inputs).reshape(self.weight_shape)
@@ -196,7 +196,14 @@ class SharedOuter(Factors):
         weight, bias = (name if name in names else None for name in (self.weight, self.bias))
         return dataclasses.replace(self, weight=weight, bias=bias)
 
-    def scaled(self, scale: Array | float) -> SharedOuter:
+    def scaled(self, scale: Array | float) -> Factors:
+        from curvlib.factors.scaled import Scaled
+
+        if isinstance(scale, float | int) and self.cotangents.shape[2] > 1:
+            return Scaled(self, float(scale), samples=self.samples)
+        return self._weighted(scale)
+
+    def _weighted(self, scale: Array | float) -> SharedOuter:
         return dataclasses.replace(self, cotangents=self.cotangents * spread(scale, self.cotangents.shape[:2], 5))
 
     def add(self, other: Factors) -> Factors:
@@ -235,6 +242,9 @@ class SharedOuter(Factors):
 
     def compact(self) -> Factors:
         return self.dense() if cost.rows_are_cheaper_to_keep(self.sizes) else self
+
+    def portable(self) -> SharedOuter:
+        return self
 
     def renamed(self, names: Mapping[str, str]) -> SharedOuter:
         return dataclasses.replace(self, weight=rename(self.weight, names), bias=rename(self.bias, names))

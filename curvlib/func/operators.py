@@ -17,7 +17,7 @@ from curvlib.solvers import Solver, Woodbury
 from curvlib.solvers.base import check_block, check_damping
 from curvlib.solvers.dense import flatten, unflatten
 
-__all__ = ["Curvature", "jacobian_operator"]
+__all__ = ["Curvature", "Jacobian"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,44 +97,127 @@ class Curvature:
 
     def scipy(self) -> Any:
         """Return this operator as a `scipy.sparse.linalg.LinearOperator`."""
-        return _scipy_operator(self.shape, self.factors, self.product, self.product)
+        return scipy_operator(self.shape, self.factors, self.product, self.product)
 
     def scipy_inverse(self) -> Any:
         """Return the inverse as a `scipy.sparse.linalg.LinearOperator`, a preconditioner for instance."""
-        return _scipy_operator(self.shape, self.factors, self.solve, self.solve)
+        return scipy_operator(self.shape, self.factors, self.solve, self.solve)
 
     def _on_blocks(self, apply: Callable[[Vector], dict[str, Array]], vector: Vector | Array) -> Any:
         shapes = self.factors.shapes
         if isinstance(vector, Mapping):
             check_block(vector, shapes)
             return apply(vector)
-        if tuple(vector.shape) != (self.factors.size,):
-            raise ConfigurationError(
-                f"a flat vector of this block has shape ({self.factors.size},), got {tuple(vector.shape)}"
-            )
+        _check_flat(vector, self.factors.size, "a flat vector of this block")
         return flatten(apply(unflatten(vector, shapes)), shapes)
 
 
-def jacobian_operator(factors: Factors) -> Any:
-    """Return J, shape ``(rows, parameters)``, as a `scipy.sparse.linalg.LinearOperator`.
+@dataclass(frozen=True, eq=False)
+class Jacobian:
+    """The rows J of a block, shape ``(rows, parameters)``, as a linear operator on arrays of their own library.
 
-    Raises
-    ------
-    ConfigurationError
-        If SciPy is not installed.
+    ``J @ v`` takes a block vector or a flat array of shape ``(parameters,)``, and ``J.T @ w`` row weights of shape
+    ``(rows,)``, which it turns into a flat array; `rmatvec_block` keeps the block vector.
+
+    Parameters
+    ----------
+    factors
+        Rows J.
+
+    Examples
+    --------
+    >>> import torch, curvlib
+    >>> rows = curvlib.func.Jacobian(curvlib.factors.Dense(weight=torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])))
+    >>> rows @ torch.ones(2), rows.T @ torch.ones(3)
+    (tensor([ 3.,  7., 11.]), tensor([ 9., 12.]))
     """
-    shapes = factors.shapes
-    return _scipy_operator(
-        (len(factors), factors.size),
-        factors,
-        lambda v: factors.matvec(unflatten(v, shapes)),
-        lambda w: flatten(factors.rmatvec(w), shapes),
-    )
+
+    factors: Factors
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(rows, parameters)``."""
+        return len(self.factors), self.factors.size
+
+    @property
+    def T(self) -> Transposed:  # noqa: N802  # as arrays call it
+        """Jᵀ."""
+        return Transposed(self)
+
+    def matvec(self, vector: Vector | Array) -> Array:
+        """Return ``J v``, shape ``(rows,)``."""
+        if isinstance(vector, Mapping):
+            check_block(vector, self.factors.shapes)
+            return self.factors.matvec(vector)
+        _check_flat(vector, self.shape[1], "a flat vector of this block")
+        return self.factors.matvec(unflatten(vector, self.factors.shapes))
+
+    def rmatvec(self, weights: Array) -> Array:
+        """Return ``Jᵀ w``, shape ``(parameters,)``."""
+        return flatten(self.rmatvec_block(weights), self.factors.shapes)
+
+    def rmatvec_block(self, weights: Array) -> dict[str, Array]:
+        """Return ``Jᵀ w`` as a block vector."""
+        _check_flat(weights, self.shape[0], "a vector of weights of these rows")
+        return self.factors.rmatvec(weights)
+
+    def __matmul__(self, vector: Vector | Array) -> Array:
+        return self.matvec(vector)
+
+    def scipy(self) -> Any:
+        """Return this operator as a `scipy.sparse.linalg.LinearOperator`.
+
+        Raises
+        ------
+        ConfigurationError
+            If SciPy is not installed.
+        """
+        return scipy_operator(self.shape, self.factors, self.matvec, self.rmatvec)
 
 
-def _scipy_operator(
+@dataclass(frozen=True, eq=False)
+class Transposed:
+    """The transpose of a `Jacobian`, shape ``(parameters, rows)``.
+
+    Parameters
+    ----------
+    T
+        The Jacobian itself.
+    """
+
+    T: Jacobian
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(parameters, rows)``."""
+        rows, parameters = self.T.shape
+        return parameters, rows
+
+    def matvec(self, weights: Array) -> Array:
+        """Return ``Jᵀ w``, shape ``(parameters,)``."""
+        return self.T.rmatvec(weights)
+
+    def rmatvec(self, vector: Vector | Array) -> Array:
+        """Return ``J v``, shape ``(rows,)``."""
+        return self.T.matvec(vector)
+
+    def __matmul__(self, weights: Array) -> Array:
+        return self.matvec(weights)
+
+    def scipy(self) -> Any:
+        """Return this operator as a `scipy.sparse.linalg.LinearOperator`."""
+        return self.T.scipy().T
+
+
+def _check_flat(vector: Array, size: int, what: str) -> None:
+    if tuple(vector.shape) != (size,):
+        raise ConfigurationError(f"{what} has shape ({size},), got {tuple(vector.shape)}")
+
+
+def scipy_operator(
     shape: tuple[int, int], factors: Factors, forward: Callable[[Array], Array], backward: Callable[[Array], Array]
 ) -> Any:
+    """SciPy's operator around products in the library, dtype and device of the factors' arrays."""
     try:
         from scipy.sparse.linalg import LinearOperator
     except ImportError as error:

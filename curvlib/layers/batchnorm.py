@@ -38,6 +38,7 @@ def uses_batch_statistics(layer: Any) -> bool:
     nn.SyncBatchNorm,
     columns=True,
     couples_samples=uses_batch_statistics,
+    kronecker=False,
 )
 def batch_norm(layer: Any, x: Tensor, g: Tensor) -> Dense:
     """Rows ``Σ g · x̂`` and ``Σ g`` over the positions of a channel; see above for what they mean in training mode.

@@ -62,6 +62,15 @@ class Block:
     parameters: dict[str, nn.Parameter]
     uses: tuple[Use, ...]
 
+    @property
+    def kronecker(self) -> bool:
+        """Whether rows may be products of inputs and cotangents, as far as can be told before there are any.
+
+        Kronecker factors act on one matrix, of a weight and a bias.
+        """
+        one_matrix = len(self.parameters) <= 2 and sum(p.ndim > 1 for p in self.parameters.values()) <= 1
+        return one_matrix and all(use.adapter.multiplies(use.module) for use in self.uses)
+
 
 @dataclass(frozen=True)
 class Partition:

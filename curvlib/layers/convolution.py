@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curvlib.arrays import Array, Vector
-from curvlib.factors import Dense, Factors, KroneckerRows, SharedOuter, cost
+from curvlib.factors import Dense, Factors, KroneckerRows, Scaled, SharedOuter, cost
 from curvlib.factors.base import Sharing, joint_samples
 from curvlib.factors.dense import full_rows, spread
 from curvlib.factors.shared import rename
@@ -26,20 +26,23 @@ _CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3
 
 @dataclass(frozen=True, eq=False)
 class ConvolutionFactors(Factors):
-    """Rows of a convolution, kept as padded images and cotangents; patches are made only where a route needs them.
+    """Rows of a convolution, kept as images and cotangents; patches are made only where a route needs them.
 
     Parameters
     ----------
     images
-        The layer's padded input, shape ``(n, channels, *space)``.
+        The layer's input, shape ``(n, channels, *space)``.
     cotangents
         Shape ``(n, columns, d_out, *positions)``.
     weight_shape
         ``(d_out, channels / groups, *kernel)``.
     stride, dilation, groups
-        As the layer has them; all padding is in `images`.
+        As the layer has them.
     weight, bias
         Names of the parameters, None for one that is frozen or missing.
+    padding
+        Zeros on both sides of each axis that `images` is still without; all other padding is in `images`. Empty for no
+        zeros.
     """
 
     images: Tensor
@@ -50,9 +53,12 @@ class ConvolutionFactors(Factors):
     groups: int
     weight: str | None = "weight"
     bias: str | None = None
+    padding: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("weight_shape", "stride", "dilation"):
+        if not self.padding:
+            object.__setattr__(self, "padding", (0,) * len(self.stride))
+        for name in ("weight_shape", "stride", "dilation", "padding"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
@@ -77,12 +83,8 @@ class ConvolutionFactors(Factors):
     def patches(self) -> SharedOuter:
         """Return the same rows as a sum over positions of patches (the unfolded input)."""
         n, columns, d_out = self.cotangents.shape[:3]
-        kernel = self.weight_shape[2:]
-        windows = self.images
-        for axis, (size, step, apart) in enumerate(zip(kernel, self.stride, self.dilation, strict=True), start=2):
-            windows = windows.unfold(axis, apart * (size - 1) + 1, step)[..., ::apart]
+        windows, dims = self._windows(), len(self.stride)
         # (n, channels, *positions, *kernel) -> (n, positions, groups, channels / groups · kernel)
-        dims = len(kernel)
         windows = windows.reshape(n, self.groups, -1, *windows.shape[2:])
         order = (0, *range(3, 3 + dims), 1, 2, *range(3 + dims, 3 + 2 * dims))
         inputs = windows.permute(order).reshape(n, -1, self.groups, self.sizes.d_in)
@@ -100,51 +102,70 @@ class ConvolutionFactors(Factors):
         n, columns = self.cotangents.shape[:2]
         values = {}
         if self.weight is not None:
-            rows = [self._grouped_weight_gradient(self.cotangents[:, column]) for column in range(columns)]
+            make = self._grouped_weight_gradient if self._groups_pay() else self._unfolded_rows
+            rows = make([self.cotangents[:, column] for column in range(columns)])
             values[self.weight] = rows[0] if columns == 1 else torch.stack(rows, dim=1).flatten(0, 1)
         if self.bias is not None:
             values[self.bias] = self.cotangents.flatten(3).sum(-1).reshape(n * columns, -1)
         return Dense(values, samples=self.samples)
 
-    def _grouped_weight_gradient(self, cotangents: Tensor) -> Tensor:
+    def _groups_pay(self) -> bool:
+        """Whether rows are made as a grouped weight gradient rather than from the unfolded input."""
+        channels, kernel = self.weight_shape[1], self.weight_shape[2:]
+        return cost.grouped_gradient_pays(self.sizes, channels, torch.Size(kernel).numel())
+
+    def _grouped_weight_gradient(self, columns: Sequence[Tensor]) -> list[Tensor]:
         # Samples become groups of one big convolution, whose ordinary weight gradient holds a row for each sample.
-        n = cotangents.shape[0]
-        d_out, *kernel = self.weight_shape
-        weight = cotangents.new_empty(()).expand(n * d_out, *kernel)
-        rows = self._weight_gradient(
-            cotangents.reshape(1, n * d_out, *cotangents.shape[2:]),
-            self.images.reshape(1, -1, *self.images.shape[2:]),
-            weight,
-            n * self.groups,
-        )
-        return rows.reshape(n, *self.weight_shape)
+        n, d_out = columns[0].shape[:2]
+        weight = columns[0].new_empty(()).expand(n * d_out, *self.weight_shape[1:])
+        images = self.images.reshape(1, -1, *self.images.shape[2:])
+        return [
+            self._weight_gradient(g.reshape(1, n * d_out, *g.shape[2:]), images, weight, n * self.groups).reshape(
+                n, *self.weight_shape
+            )
+            for g in columns
+        ]
+
+    def _unfolded_rows(self, columns: Sequence[Tensor]) -> list[Tensor]:
+        # A product of cotangents and patches for each sample and group; positions come last in both.
+        n, d_out = columns[0].shape[:2]
+        dims = len(self.stride)
+        windows = self._windows()
+        order = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+        patches = windows.permute(order).reshape(n * self.groups, self.sizes.d_in, -1).mT
+        return [
+            torch.bmm(g.reshape(n * self.groups, d_out // self.groups, -1), patches).reshape(n, *self.weight_shape)
+            for g in columns
+        ]
+
+    def _windows(self) -> Tensor:
+        """Overlapping view of the images, shape ``(n, channels, *positions, *kernel)``."""
+        windows = self._padded()
+        for axis, (size, step, apart) in enumerate(
+            zip(self.weight_shape[2:], self.stride, self.dilation, strict=True), start=2
+        ):
+            windows = windows.unfold(axis, apart * (size - 1) + 1, step)[..., ::apart]
+        return windows
 
     def _weight_gradient(self, cotangents: Tensor, images: Tensor, weight: Tensor, groups: int) -> Tensor:
-        dims = len(self.stride)
-        images = self._without_remainder(images)
         _, gradient, _ = torch.ops.aten.convolution_backward(
             cotangents,
             images,
             weight,
             None,
             self.stride,
-            [0] * dims,
+            self.padding,
             self.dilation,
             False,
-            [0] * dims,
+            [0] * len(self.stride),
             groups,
             [False, True, False],
         )
         return gradient  # type: ignore[no-any-return]  # torch.ops is untyped
 
-    def _without_remainder(self, images: Tensor) -> Tensor:
-        """Drop the border that the stride never reaches."""
-        for axis, (size, step, apart) in enumerate(
-            zip(self.weight_shape[2:], self.stride, self.dilation, strict=True), start=2
-        ):
-            reached = step * (self.cotangents.shape[axis + 1] - 1) + apart * (size - 1) + 1
-            images = images.narrow(axis, 0, reached)
-        return images
+    def _padded(self) -> Tensor:
+        margins = [zeros for one in reversed(self.padding) for zeros in (one, one)]
+        return functional.pad(self.images, margins) if any(margins) else self.images
 
     # -- algebra ------------------------------------------------------------------------------------------------------
 
@@ -166,11 +187,13 @@ class ConvolutionFactors(Factors):
             return self.dense().matvec(vector)
         bias = None if self.bias is None else vector[self.bias]
         convolve = _CONVOLUTIONS[len(self.stride)]
-        outputs = convolve(self.images, vector[self.weight], bias, self.stride, 0, self.dilation, self.groups)
+        outputs = convolve(
+            self.images, vector[self.weight], bias, self.stride, self.padding, self.dilation, self.groups
+        )
         return (self.cotangents * outputs[:, None]).flatten(2).sum(-1).reshape(-1)
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:
-        weighted = self.scaled(weights).cotangents.sum(dim=1)
+        weighted = self._weighted(weights).cotangents.sum(dim=1)
         result = {}
         if self.weight is not None:
             weight = weighted.new_empty(()).expand(self.weight_shape)
@@ -190,7 +213,12 @@ class ConvolutionFactors(Factors):
         images = self.images[index // self.cotangents.shape[1]]
         return dataclasses.replace(self, images=images, cotangents=flat[index], samples=None)
 
-    def scaled(self, scale: Array | float) -> ConvolutionFactors:
+    def scaled(self, scale: Array | float) -> Factors:
+        if isinstance(scale, float | int):
+            return Scaled(self, float(scale), samples=self.samples)
+        return self._weighted(scale)
+
+    def _weighted(self, scale: Array) -> ConvolutionFactors:
         g = self.cotangents
         return dataclasses.replace(self, cotangents=g * spread(scale, g.shape[:2], g.ndim))
 
@@ -221,6 +249,9 @@ class ConvolutionFactors(Factors):
             return self.dense()
         return self
 
+    def portable(self) -> SharedOuter:
+        return self.patches()
+
     def renamed(self, names: Mapping[str, str]) -> ConvolutionFactors:
         return dataclasses.replace(self, weight=rename(self.weight, names), bias=rename(self.bias, names))
 
@@ -240,8 +271,10 @@ def convolution(layer: Any, x: Tensor, g: Tensor) -> Factors:
     """
     weight, bias = trainable(layer)
     # The layer's own bookkeeping: (last axis before, last axis after, …), "same" already resolved to numbers.
-    margins = layer._reversed_padding_repeated_twice
-    if any(margins):
+    margins, padding = layer._reversed_padding_repeated_twice, ()
+    if layer.padding_mode == "zeros" and margins[::2] == margins[1::2]:
+        padding = tuple(margins[::-2])
+    elif any(margins):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = functional.pad(x, margins, mode=mode)
     return ConvolutionFactors(
@@ -253,4 +286,5 @@ def convolution(layer: Any, x: Tensor, g: Tensor) -> Factors:
         groups=layer.groups,
         weight=weight,
         bias=bias,
+        padding=padding,
     )

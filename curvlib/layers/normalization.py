@@ -15,7 +15,7 @@ from curvlib.layers.registry import register
 __all__ = ["channel_rows", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 
-@register(nn.LayerNorm, columns=True, positionwise=True)
+@register(nn.LayerNorm, columns=True, positionwise=True, kronecker=False)
 def layer_norm(layer: nn.LayerNorm, x: Tensor, g: Tensor) -> Dense:
     """Rows ``Σ g · x̂`` and ``Σ g`` over positions, x̂ the normalised input.
 
@@ -33,14 +33,14 @@ def layer_norm(layer: nn.LayerNorm, x: Tensor, g: Tensor) -> Dense:
     return _feature_rows(normalized, g, layer.normalized_shape, weight, bias)
 
 
-@register(nn.RMSNorm, columns=True, positionwise=True)
+@register(nn.RMSNorm, columns=True, positionwise=True, kronecker=False)
 def rms_norm(layer: nn.RMSNorm, x: Tensor, g: Tensor) -> Dense:
     """Rows ``Σ g · x / rms(x)`` over positions; shapes as for `layer_norm`."""
     normalized = functional.rms_norm(x, layer.normalized_shape, None, layer.eps)
     return _feature_rows(normalized, g, layer.normalized_shape, "weight", None)
 
 
-@register(nn.GroupNorm, columns=True)
+@register(nn.GroupNorm, columns=True, kronecker=False)
 def group_norm(layer: nn.GroupNorm, x: Tensor, g: Tensor) -> Dense:
     """Rows ``Σ g · x̂`` and ``Σ g`` over the positions of a channel.
 
@@ -58,7 +58,7 @@ def group_norm(layer: nn.GroupNorm, x: Tensor, g: Tensor) -> Dense:
     return channel_rows(normalized, g, weight, bias)
 
 
-@register(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, columns=True)
+@register(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, columns=True, kronecker=False)
 def instance_norm(layer: Any, x: Tensor, g: Tensor) -> Dense:
     """Rows ``Σ g · x̂`` and ``Σ g`` over the positions of a channel; shapes as for `group_norm`.
 
@@ -91,7 +91,8 @@ def channel_rows(normalized: Tensor | None, g: Tensor, weight: str | None, bias:
     g = g.reshape(n, columns, channels, -1)
     values = {}
     if weight is not None and normalized is not None:
-        values[weight] = _products(g, normalized.reshape(n, channels, -1), axis=2).flatten(0, 1)
+        # A dot product for each sample and channel, without a product as large as g.
+        values[weight] = torch.einsum("nkcr,ncr->nkc", g, normalized.reshape(n, channels, -1)).flatten(0, 1)
     if bias is not None:
         values[bias] = g.sum(dim=3).flatten(0, 1)
     return Dense(values)

@@ -10,7 +10,7 @@ from curvlib.layers.registry import register
 __all__ = ["prelu"]
 
 
-@register(nn.PReLU, columns=True)
+@register(nn.PReLU, columns=True, kronecker=False)
 def prelu(layer: nn.PReLU, x: Tensor, g: Tensor) -> Dense:
     """Rows ``Σ g · min(x, 0)`` over everything that one slope serves.
 

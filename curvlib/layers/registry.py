@@ -37,6 +37,9 @@ class Adapter:
         Whether the rows come from a formula; otherwise from `torch.func`.
     couples_samples
         Whether the layer's output for one sample depends on the others, always or as a function of the module tells.
+    kronecker
+        Whether rows may be products of inputs and cotangents, as Kronecker methods need, always or as a function of
+        the module tells.
     """
 
     name: str
@@ -46,10 +49,17 @@ class Adapter:
     positionwise: bool = False
     closed_form: bool = True
     couples_samples: Callable[[Any], bool] | bool = False
+    kronecker: Callable[[Any], bool] | bool = True
 
     def couples(self, module: nn.Module) -> bool:
         """Whether `module`, as it is now, makes the samples of a batch depend on each other."""
         return self.couples_samples(module) if callable(self.couples_samples) else self.couples_samples
+
+    def multiplies(self, module: nn.Module) -> bool:
+        """Whether the rows of `module`, as it is now, may be products of inputs and cotangents."""
+        if not self.closed_form:
+            return False
+        return self.kronecker(module) if callable(self.kronecker) else self.kronecker
 
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {}
@@ -61,6 +71,7 @@ def register(
     whole_call: bool = False,
     positionwise: bool = False,
     couples_samples: Callable[[Any], bool] | bool = False,
+    kronecker: Callable[[Any], bool] | bool = True,
     replace: bool = False,
 ) -> Callable[[F], F]:
     """Decorator that makes a function the adapter of the given layer classes and of their subclasses.
@@ -84,6 +95,9 @@ def register(
         Set (or a function of the module that tells) when the output for one sample depends on the others, as batch
         statistics make it. Rows of this layer, and of those before it, are then shares of the gradient at the
         activations: only their plain sum can be checked against the gradient, and is.
+    kronecker
+        Clear it (or give a function of the module that tells) when the rows are no products of inputs and cotangents,
+        so that methods that need such rows say so when they are composed, not at the first step.
     replace
         Set to replace an adapter that is there.
 
@@ -127,7 +141,7 @@ def register(
         name = getattr(function, "__name__", repr(function))
         for cls in classes:
             _ADAPTERS[cls] = Adapter(
-                name, function, columns, whole_call or not closed, positionwise, closed, couples_samples
+                name, function, columns, whole_call or not closed, positionwise, closed, couples_samples, kronecker
             )
         return function
 

@@ -15,7 +15,13 @@ from curvlib.layers.registry import register
 __all__ = ["transposed_convolution"]
 
 
-@register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, columns=True)
+def has_no_bias(layer: Any) -> bool:
+    """Whether the weight alone is trained; in its matrix, transposed, there is no column for a bias."""
+    weight, bias = trainable(layer)
+    return weight is not None and bias is None
+
+
+@register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, columns=True, kronecker=has_no_bias)
 def transposed_convolution(layer: Any, x: Tensor, g: Tensor) -> Factors:
     """Rows of a transposed convolution: those of the convolution that it is the transpose of, with the roles exchanged.
 

@@ -14,6 +14,7 @@ from curvlib.errors import ConfigurationError
 from curvlib.fisher import Empirical, Fisher
 from curvlib.layers import Block, Partition, Use, partition
 from curvlib.precond.damping import Damping, as_damping
+from curvlib.precond.gradients import check_fused
 from curvlib.precond.optimizer import NaturalGradient
 from curvlib.precond.refresh import Refresh, as_refresh
 from curvlib.precond.rest import check_rest
@@ -37,6 +38,7 @@ def compose(
     output: Output | None = None,
     seed: int = 0,
     verify: bool = True,
+    fused: bool = False,
 ) -> NaturalGradient:
     """Assemble a natural-gradient optimizer from its parts.
 
@@ -71,6 +73,10 @@ def compose(
     verify
         Whether the first forward pass checks that every block's rows add up to its gradient (three more backward
         passes, once).
+    fused
+        Whether blocks whose solver gains from it get their gradient as rows, from the second step on: backward then
+        makes no weight gradient for them, and `.grad` of their parameters stays None. The natural gradient is the same.
+        For loops that do not look at gradients themselves (no clipping outside, no GradScaler, no DDP).
 
     Returns
     -------
@@ -102,12 +108,15 @@ def compose(
     parts = partition(model, bare="fallback" if rest == "fallback" else None)
     check_rest(rest, parts.rest)
     check_order(transforms)
+    if fused:
+        check_fused(transforms)
     if blocks not in ("layer", "network"):
         raise ConfigurationError(f"blocks must be 'layer' or 'network', got {blocks!r}")
     if blocks == "network":
         parts = one_block(parts)
     chosen, when = choose_solvers(solver, parts.blocks), as_refresh(refresh)
     check_combination(chosen, fisher, when)
+    check_kronecker(chosen, parts.blocks)
     return NaturalGradient(
         model,
         parts,
@@ -121,6 +130,7 @@ def compose(
         output=output,
         seed=seed,
         verify=verify,
+        fused=fused,
     )
 
 
@@ -140,6 +150,30 @@ def check_combination(solvers: Mapping[str, Solver], fisher: Fisher, refresh: Re
             )
         if solver.of_fresh_rows and not all(refresh.due(step) and refresh.inverse_due(step) for step in range(4)):
             raise ConfigurationError(f"{name} solves with the rows of the step's own gradient: use refresh=1")
+
+
+def check_kronecker(solvers: Mapping[str, Solver], blocks: Sequence[Block]) -> None:
+    """Refuse Kronecker solvers for blocks whose rows are no products of inputs and cotangents.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming the blocks, their solvers, and what to use instead.
+    """
+    refused = [block for block in blocks if solvers[block.name].of_kronecker_rows and not block.kronecker]
+    if not refused:
+        return
+    listed = ", ".join(
+        f"{block.name!r} ({' + '.join(dict.fromkeys(use.adapter.name for use in block.uses))}; "
+        f"{type(solvers[block.name]).__name__})"
+        for block in refused
+    )
+    first = refused[0].name
+    raise ConfigurationError(
+        "Kronecker solvers need rows that are products of inputs and cotangents of one weight matrix; those of "
+        f"{listed} are not: use Woodbury, Dense or Diagonal there, as in solver={{{first!r}: Woodbury(), "
+        f"'*': {type(solvers[first]).__name__}(...)}}"
+    )
 
 
 def choose_solvers(solver: Solver | Mapping[str, Solver], blocks: Sequence[Block]) -> dict[str, Solver]:

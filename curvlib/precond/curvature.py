@@ -14,6 +14,7 @@ from curvlib.errors import CaptureError, CurvatureError, CurvatureWarning, NotPo
 from curvlib.factors import Factors
 from curvlib.layers import Block
 from curvlib.precond.damping import Damping
+from curvlib.precond.gradients import BlockGradient
 from curvlib.precond.ladder import factorize_with_retries
 from curvlib.precond.refresh import Refresh
 from curvlib.solvers import Solver
@@ -74,7 +75,7 @@ class Renewal:
         blocks: Sequence[Block],
         states: Mapping[str, BlockState],
         factors: Mapping[str, Factors],
-        gradients: Mapping[str, Vector],
+        gradients: Mapping[str, BlockGradient],
         step: int,
     ) -> dict[str, BlockState]:
         """Return the states after new curvature, where there is some, and after a change of damping.
@@ -118,12 +119,12 @@ class Renewal:
                     result[block.name] = self._factorized(block, state, wanted, step)
         return result
 
-    def _is_stale(self, block: Block, state: BlockState, rows: Factors, gradient: Vector | None) -> bool:
+    def _is_stale(self, block: Block, state: BlockState, rows: Factors, gradient: BlockGradient | None) -> bool:
         if self.refresh.tolerance is None or state.inverse is None:
             return True
         if gradient is None:
             return False
-        return residual(self.solvers[block.name], state, rows, gradient) > self.refresh.tolerance
+        return residual(self.solvers[block.name], state, rows, gradient.vector) > self.refresh.tolerance
 
     def _updated(self, block: Block, state: BlockState, rows: Factors, step: int) -> BlockState:
         estimate = self.solvers[block.name].update(state.estimate, rows)
@@ -184,8 +185,14 @@ def residual(solver: Solver, state: BlockState, rows: Factors, gradient: Vector)
     return 0.0 if size == 0 else float(dot(difference, difference)) ** 0.5 / size
 
 
-def natural_gradient(solver: Solver, state: BlockState, gradient: Vector) -> dict[str, Tensor]:
+def natural_gradient(solver: Solver, state: BlockState, gradient: Vector | BlockGradient) -> dict[str, Tensor]:
     """Natural gradient of a block, in the dtypes of its gradient; half precision is solved in float32."""
+    if isinstance(gradient, BlockGradient):
+        if gradient.rows is not None and not gradient.own:
+            natural, scale = solver.solve(state.inverse, gradient.rows.factors), gradient.rows.scale
+            dtypes = {name: p.dtype for name, p in gradient.parameters.items()}
+            return {name: (value if scale == 1 else value * scale).to(dtypes[name]) for name, value in natural.items()}
+        gradient = gradient.vector
     wide = {name: value.float() if value.itemsize < 4 else value for name, value in gradient.items()}
     natural = solver.solve(state.inverse, wide)
     return {name: natural[name].to(gradient[name].dtype) for name in gradient}

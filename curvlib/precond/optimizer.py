@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.arrays import pack, unpack
-from curvlib.capture import Capture, Output
+from curvlib.capture import Capture, GradientRows, Output
 from curvlib.errors import CaptureError, ConfigurationError, CurvatureError
 from curvlib.factors import Factors
 from curvlib.fisher import Fisher
 from curvlib.layers import Partition
 from curvlib.precond.curvature import BlockState, Renewal, natural_gradient
 from curvlib.precond.damping import Damping
+from curvlib.precond.gradients import block_gradients, fresh, gaining, shared_rows
 from curvlib.precond.refresh import Refresh
+from curvlib.precond.second_pass import evaluate_again, evaluations, followed, needs_closure, require_closure
 from curvlib.precond.transforms import Context, Transform
 from curvlib.solvers import Solver
 
@@ -59,6 +61,7 @@ class NaturalGradient(torch.optim.Optimizer):
         output: Output | None,
         seed: int,
         verify: bool,
+        fused: bool = False,
     ) -> None:
         if isinstance(lr, bool) or not (isinstance(lr, int | float) and math.isfinite(lr) and lr >= 0):
             raise ConfigurationError(f"lr must be a finite number ≥ 0, got {lr!r}")
@@ -81,6 +84,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self.curvature = {block.name: BlockState() for block in parts.blocks}
         self.steps = 0
         self._due = True
+        self._fused = fused
+        self._fresh = fresh(fisher, refresh)
         self._blocks = parts.blocks
         self._block_of: dict[Tensor, str] = {p: block.name for block in parts.blocks for p in block.parameters.values()}
         self._composed = len(groups) - (self._adamw is not None)
@@ -93,6 +98,11 @@ class NaturalGradient(torch.optim.Optimizer):
         """Remove every hook from the model; no further step can take curvature."""
         self._capture.detach()
 
+    @property
+    def needs_closure(self) -> bool:
+        """Whether `step` must be given a closure, because the damping or a solver looks at the batch a second time."""
+        return bool(needs_closure(self.damping, self.solvers))
+
     # -- one step -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -102,7 +112,9 @@ class NaturalGradient(torch.optim.Optimizer):
         Parameters
         ----------
         closure
-            Reevaluates the model, calls backward and returns the loss; optional.
+            Reevaluates the model, calls backward and returns the loss; optional where `needs_closure` is false. It is
+            called once, or where something compares the batch before and after the step, a second time after it: on
+            the same batch, with the same random masks if there are any.
 
         Returns
         -------
@@ -111,6 +123,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
         Raises
         ------
+        ConfigurationError
+            If there is no closure where one is needed.
         CaptureError
             If there is no gradient, a gradient is not finite, or curvature is missing.
         CurvatureError
@@ -118,37 +132,42 @@ class NaturalGradient(torch.optim.Optimizer):
 
         Notes
         -----
-        Whatever is raised, parameters and the optimizer's state are as they were.
+        Whatever is raised, parameters and the optimizer's state are as they were, unless the second call of a closure
+        raises it.
         """
-        if self.damping.needs_loss and closure is None:
-            raise ConfigurationError(
-                f"{type(self.damping).__name__} compares the loss before and after steps: call optimizer.step(closure) "
-                "with a function that evaluates the model, calls backward and returns the loss"
-            )
+        require_closure(self.damping, self.solvers, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         try:
-            self._check_gradients(loss)
-            factors = self._capture.take()
+            factors, rows = shared_rows(self._capture.taken())
+            self._check_gradients(loss, rows)
         finally:
             self._capture.clear()
-        active = self._active()
-        context = self._context(active)
-        gradients = self._transformed([g.clone() for g in context.gradients], context, before=True)
-        curvature, natural = self._natural(dict(zip(context.parameters, gradients, strict=True)), factors)
-        # Outside every block the direction is the gradient itself; transforms may change it in place.
-        moves = [natural.get(p, gradient) for p, gradient in zip(context.parameters, gradients, strict=True)]
-        moves = self._transformed(moves, replace(context, gradients=gradients), before=False)
+        context, own = self._context(rows)
+        if any(transform.on_gradient for transform in self.transforms):
+            changed = self._transformed(context.gradients, context, before=True)
+            context = replace(context, given=changed)
+            own = dict(zip(context.parameters, changed, strict=True))
+        curvature, natural = self._natural(own, rows, factors)
+        # Outside every block the direction is the gradient itself.
+        moves = [natural[p] if p in natural else own[p] for p in context.parameters]
+        moves = self._transformed(moves, context, before=False)
         predicted = self._predicted(context, moves, factors) if self._adapts() and factors else None
+        before = evaluations(self._blocks, self.solvers, curvature, factors, self.steps)
         for rate in dict.fromkeys(context.rates):
             chosen = [place for place, own in enumerate(context.rates) if own == rate]
             torch._foreach_add_([context.parameters[i] for i in chosen], [moves[i] for i in chosen], alpha=-rate)
         if self._adamw is not None:
             self._adamw.step()
-        if predicted is not None and closure is not None:
-            self._adapt(closure, loss, predicted)
+        if closure is not None and (predicted is not None or before):
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            again, again_rows = evaluate_again(closure, self._capture, parameters, rows=bool(before))
+            if predicted is not None:
+                self.damping.adapt(self.steps, float(again - loss) / predicted if predicted else math.nan)
+            after = evaluations(self._blocks, self.solvers, curvature, again_rows, self.steps)
+            curvature = followed(self.solvers, self.refresh, curvature, before, after, self.steps)
         self.curvature = curvature
         self.steps += 1
         # A refresh that found no forward pass to look at stays due.
@@ -156,24 +175,33 @@ class NaturalGradient(torch.optim.Optimizer):
         self._capture.armed = self._due or self._adapts()
         return loss
 
-    def _active(self) -> list[tuple[Tensor, float]]:
-        """Parameters of the composed groups that have a gradient, with their learning rates."""
-        return [
+    def _context(self, rows: Mapping[str, GradientRows]) -> tuple[Context, dict[Tensor, Tensor]]:
+        """What transforms may look at, and the gradients that autograd made, by parameter."""
+        handed = {p for block in self._blocks if block.name in rows for p in block.parameters.values()}
+        active = [
             (p, group["lr"])
             for group in self.param_groups[: self._composed]
             for p in group["params"]
-            if p.grad is not None
+            if p.grad is not None or p in handed
         ]
+        own = {p: p.grad for p, _ in active if p.grad is not None}
 
-    def _context(self, active: list[tuple[Tensor, float]]) -> Context:
-        parameters = [p for p, _ in active]
-        return Context(
-            parameters,
-            gradients=[p.grad for p in parameters if p.grad is not None],
+        def explicit() -> list[Tensor]:
+            whole = dict(own)
+            for block in self._blocks:
+                if block.name in rows:
+                    vector = block_gradients([block], own, rows)[block.name].vector
+                    whole.update((p, vector[name]) for name, p in block.parameters.items())
+            return [whole[p] for p, _ in active]
+
+        context = Context(
+            [p for p, _ in active],
+            given=explicit,
             rates=[rate for _, rate in active],
             step=self.steps,
-            blocks=tuple(self._block_of.get(p, "") for p in parameters),
+            blocks=tuple(self._block_of.get(p, "") for p, _ in active),
         )
+        return context, own
 
     def _transformed(self, directions: list[Tensor], context: Context, before: bool) -> list[Tensor]:
         for index, transform in enumerate(self.transforms):
@@ -183,26 +211,24 @@ class NaturalGradient(torch.optim.Optimizer):
         return directions
 
     def _natural(
-        self, gradients: dict[Tensor, Tensor], factors: dict[str, Factors]
+        self, own: Mapping[Tensor, Tensor], rows: Mapping[str, GradientRows], factors: dict[str, Factors]
     ) -> tuple[dict[str, BlockState], dict[Tensor, Tensor]]:
         """New states of all blocks, and the natural gradient of every parameter in a block that has a gradient."""
-        vectors = {
-            block.name: {
-                name: gradients[p] if p in gradients else p.new_zeros(p.shape) for name, p in block.parameters.items()
-            }
-            for block in self._blocks
-            if any(p in gradients for p in block.parameters.values())
-        }
+        gradients = block_gradients(self._blocks, own, rows)
         renewal = Renewal(self.solvers, self.damping, self.refresh)
-        rows = factors if self._due else {}
-        curvature = renewal.renewed(self._blocks, self.curvature, rows, vectors, self.steps)
+        curvature = renewal.renewed(self._blocks, self.curvature, factors if self._due else {}, gradients, self.steps)
         natural: dict[Tensor, Tensor] = {}
         for block in self._blocks:
-            if block.name in vectors:
-                state, solver = curvature[block.name], self.solvers[block.name]
-                direction = natural_gradient(solver, state, vectors[block.name])
+            if block.name in gradients:
+                state, solver, gradient = curvature[block.name], self.solvers[block.name], gradients[block.name]
+                direction = natural_gradient(solver, state, gradient)
+                if gradient.rows is not None and not self._fresh:
+                    self._check_direction(block.name, direction)
                 curvature[block.name] = replace(state, estimate=solver.remember(state.estimate, direction))
-                natural.update((p, direction[name]) for name, p in block.parameters.items() if p in gradients)
+                given = block.parameters if gradient.rows is not None else gradient.own
+                natural.update((block.parameters[name], direction[name]) for name in given)
+        if self._fused:
+            self._capture.hand_over(gaining(self._blocks, self.solvers, factors, self._fresh))
         return curvature, natural
 
     # -- damping that follows the loss --------------------------------------------------------------------------------
@@ -223,15 +249,6 @@ class NaturalGradient(torch.optim.Optimizer):
         normalizer = next(iter(factors.values())).normalizer
         return linear + float((total * total).sum() if isinstance(total, Tensor) else 0.0) / (2 * normalizer)
 
-    def _adapt(self, closure: Callable[[], Any], before: Any, predicted: float) -> None:
-        kept = [(p, p.grad) for group in self.param_groups for p in group["params"]]
-        self._capture.armed = False
-        with torch.enable_grad():
-            after = float(closure())
-        for p, gradient in kept:
-            p.grad = gradient
-        self.damping.adapt(self.steps, (after - float(before)) / predicted if predicted else math.nan)
-
     def _buffers(self, index: int, transform: Transform, parameters: Iterable[Tensor]) -> dict[str, list[Tensor]]:
         same = sum(type(other) is type(transform) for other in self.transforms[:index])
         prefix = type(transform).__name__ + (str(same + 1) if same else "")
@@ -244,12 +261,21 @@ class NaturalGradient(torch.optim.Optimizer):
             result[name] = [self.state[p][key] for p in parameters]
         return result
 
-    def _check_gradients(self, loss: Any) -> None:
+    def _check_direction(self, block: str, direction: Mapping[str, Tensor]) -> None:
+        if not bool(torch.isfinite(torch.stack(torch._foreach_norm(list(direction.values())))).all()):
+            raise CaptureError(
+                f"step {self.steps}: the natural gradient of block {block!r} is not finite, as its gradient's rows are "
+                "not; parameters and state are unchanged. Look at the loss and the inputs, or lower the learning rate"
+            )
+
+    def _check_gradients(self, loss: Any, rows: Mapping[str, GradientRows]) -> None:
         given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not given:
+        if not given and not rows:
             raise CaptureError("step() found no gradient: call loss.backward() before optimizer.step()")
         if isinstance(loss, Tensor) and not bool(torch.isfinite(loss).all()):
             raise CaptureError(f"step {self.steps}: the loss is {loss.tolist()}; parameters and state are unchanged")
+        if not given:
+            return
         if any(p.grad.is_sparse for p in given if p.grad is not None):
             raise CaptureError("gradients must be dense: set sparse=False on the embedding")
         norms = torch._foreach_norm([p.grad for p in given if p.grad is not None])

@@ -18,7 +18,9 @@ from curvlib.precond.transforms import KLClip, Momentum, Transform, WeightDecay
 
 __all__ = [
     "EKFAC",
+    "FNGD",
     "IKFAC",
+    "KBFGS",
     "KFAC",
     "MKOR",
     "SENG",
@@ -177,7 +179,7 @@ def HyLo(
     damping: float = 0.3,
     refresh: int = 100,
     ratio: float = 0.1,
-    interpolate: bool = True,
+    switch_after: int | None = None,
     kl_clip: float | None = 1e-2,
     **options: Any,
 ) -> NaturalGradient:
@@ -189,12 +191,15 @@ def HyLo(
         As in `TENGraD`; the authors go without a clip.
     ratio
         Share of the rows that is kept.
-    interpolate
-        Whether rows are interpolated, as the authors do early in training, or sampled, as later.
+    switch_after
+        Updates of the curvature with rows interpolated; then they are sampled. None interpolates throughout. The
+        authors interpolate for ten epochs, and once more later (`curvlib.solvers.Switch`).
     **options
         As in `TENGraD`: momentum, weight_decay, reduction; further arguments of `compose`.
     """
-    solver = solvers.KID(ratio=ratio) if interpolate else solvers.KIS(ratio=ratio, unbiased=True)
+    solver: solvers.Solver = solvers.KID(ratio=ratio)
+    if switch_after is not None:
+        solver = solvers.Switch((solver, solvers.KIS(ratio=ratio, unbiased=True)), until=(switch_after,))
     return _empirical(model, solver, lr, damping, refresh, [*_clip(kl_clip)], **options)
 
 
@@ -272,6 +277,37 @@ def SPRING(
     """
     options = {"momentum": 0.0, **options}
     return _empirical(model, solvers.SPRING(momentum=decay), lr, damping, 1, [*_clip(kl_clip)], **options)
+
+
+def FNGD(
+    model: nn.Module,
+    lr: float = 0.1,
+    damping: float = 0.1,
+    first_epoch: int = 400,
+    kl_clip: float | None = 1e-2,
+    **options: Any,
+) -> NaturalGradient:
+    """FNGD (Ou et al. 2024, arXiv 2403.03473): weights of samples from inverses in the first epoch, shared ever after.
+
+    Parameters are those of `HyLo`; `first_epoch` is the number of steps in an epoch.
+    """
+    solver = solvers.FNGD(damping=damping, first_epoch=first_epoch)
+    return _empirical(model, solver, lr, damping, 1, [*_clip(kl_clip)], **options)
+
+
+def KBFGS(
+    model: nn.Module,
+    lr: float = 0.03,
+    damping: float = 0.3,
+    refresh: int = 1,
+    kl_clip: float | None = None,
+    **options: Any,
+) -> NaturalGradient:
+    """K-BFGS (Goldfarb, Ren, Bahamou 2020, arXiv 2006.08877): Kronecker factors of the Hessian, inverted by BFGS.
+
+    Parameters are those of `HyLo`. ``optimizer.step(closure)`` evaluates the batch once more after each refresh.
+    """
+    return _empirical(model, solvers.KBFGS(), lr, damping, refresh, [*_clip(kl_clip)], **options)
 
 
 def Shampoo(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -37,8 +38,8 @@ class Context:
     ----------
     parameters
         Parameters before the step.
-    gradients
-        Their gradients.
+    given
+        Their gradients, or a function that makes them: `gradients` calls it when a transform first asks.
     rates
         Their learning rates.
     step
@@ -48,10 +49,15 @@ class Context:
     """
 
     parameters: list[Tensor]
-    gradients: list[Tensor]
+    given: list[Tensor] | Callable[[], list[Tensor]]
     rates: list[float]
     step: int
     blocks: tuple[str, ...] = ()
+
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        """Gradients of the parameters."""
+        return self.given() if callable(self.given) else self.given
 
     def by_block(self) -> list[list[int]]:
         """Positions of the parameters of each block; a parameter outside every block is by itself."""
@@ -82,7 +88,7 @@ class Transform(ABC):
         Parameters
         ----------
         directions
-            One tensor a parameter. They may be changed in place and returned.
+            One tensor a parameter. They belong to someone else, a gradient or a buffer: never change them in place.
         context
             Parameters, gradients, learning rates and step.
         buffers
@@ -127,8 +133,7 @@ class GradientClip(Transform):
 
     def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
         total = _norm(directions)
-        torch._foreach_mul_(directions, (self.norm / total).clamp_max(1))
-        return directions
+        return list(torch._foreach_mul(directions, (self.norm / total).clamp_max(1)))
 
 
 @dataclass(frozen=True)
@@ -160,8 +165,7 @@ class KLClip(Transform):
         total = torch.stack([product.to(wide) for product in products]).sum()
         # A product that is not positive bounds nothing: κ / 0 is infinite, and the minimum is 1.
         scale = (self.bound / total.clamp_min(0)).sqrt().clamp_max(1)
-        torch._foreach_mul_(directions, scale)
-        return directions
+        return list(torch._foreach_mul(directions, scale))
 
 
 @dataclass(frozen=True)
@@ -180,9 +184,8 @@ class NormConstraint(Transform):
         _require(self, "norm", self.norm, self.norm > 0, "> 0")
 
     def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
-        total = _norm([direction * rate for direction, rate in zip(directions, context.rates, strict=True)])
-        torch._foreach_mul_(directions, (self.norm / total).clamp_max(1))
-        return directions
+        total = _norm(list(torch._foreach_mul(directions, context.rates)))
+        return list(torch._foreach_mul(directions, (self.norm / total).clamp_max(1)))
 
 
 @dataclass(frozen=True)
@@ -210,12 +213,15 @@ class Graft(Transform):
 
     def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
         lengths = context.gradients if self.method == "sgd" else self._adam(context, buffers)
+        result = list(directions)
         for places in context.by_block():
             own = [directions[place] for place in places]
             ratio = _norm([lengths[place] for place in places]) / _norm(own)
             # A direction of length zero stays where it is.
-            torch._foreach_mul_(own, torch.where(torch.isfinite(ratio), ratio, torch.zeros_like(ratio)))
-        return directions
+            factor = torch.where(torch.isfinite(ratio), ratio, torch.zeros_like(ratio))
+            for place, scaled in zip(places, torch._foreach_mul(own, factor), strict=True):
+                result[place] = scaled
+        return result
 
     def _adam(self, context: Context, buffers: Buffers) -> list[Tensor]:
         (beta1, beta2), first, second = self.decays, buffers["first"], buffers["second"]
@@ -242,12 +248,15 @@ class TrustRatio(Transform):
         _require(self, "share", self.share, self.share > 0, "> 0")
 
     def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
+        result = list(directions)
         for places in context.by_block():
             own = [directions[place] for place in places]
             size = _norm([context.parameters[place] for place in places])
             ratio = self.share * size / _norm(own)
-            torch._foreach_mul_(own, torch.where((size > 0) & torch.isfinite(ratio), ratio, torch.ones_like(ratio)))
-        return directions
+            factor = torch.where((size > 0) & torch.isfinite(ratio), ratio, torch.ones_like(ratio))
+            for place, scaled in zip(places, torch._foreach_mul(own, factor), strict=True):
+                result[place] = scaled
+        return result
 
 
 @dataclass(frozen=True)
@@ -274,9 +283,8 @@ class Momentum(Transform):
         torch._foreach_mul_(momentum, self.decay)
         torch._foreach_add_(momentum, directions)
         if self.nesterov:
-            torch._foreach_add_(directions, momentum, alpha=self.decay)
-            return directions
-        return [buffer.clone() for buffer in momentum]
+            return list(torch._foreach_add(directions, momentum, alpha=self.decay))
+        return momentum
 
 
 @dataclass(frozen=True)
@@ -302,9 +310,9 @@ class WeightDecay(Transform):
         object.__setattr__(self, "on_gradient", self.coupled)
 
     def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
-        if self.rate:
-            torch._foreach_add_(directions, context.parameters, alpha=self.rate)
-        return directions
+        if not self.rate:
+            return directions
+        return list(torch._foreach_add(directions, context.parameters, alpha=self.rate))
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

@@ -5,7 +5,9 @@ from curvlib.solvers.dense import Dense
 from curvlib.solvers.diagonal import Diagonal, Identity
 from curvlib.solvers.ekfac import EKFAC
 from curvlib.solvers.eva import Eva
+from curvlib.solvers.fngd import FNGD
 from curvlib.solvers.hylo import KID, KIS
+from curvlib.solvers.kbfgs import KBFGS
 from curvlib.solvers.kfac import KFAC
 from curvlib.solvers.mkor import MKOR
 from curvlib.solvers.seng import SENG
@@ -14,10 +16,13 @@ from curvlib.solvers.singd import SINGD
 from curvlib.solvers.skfac import SKFAC
 from curvlib.solvers.soap import SOAP
 from curvlib.solvers.spring import SPRING, MinSR
+from curvlib.solvers.switch import Switch
 from curvlib.solvers.woodbury import Woodbury
 
 __all__ = [
     "EKFAC",
+    "FNGD",
+    "KBFGS",
     "KFAC",
     "KID",
     "KIS",
@@ -34,5 +39,6 @@ __all__ = [
     "MinSR",
     "Shampoo",
     "Solver",
+    "Switch",
     "Woodbury",
 ]

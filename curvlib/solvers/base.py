@@ -4,16 +4,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from curvlib.arrays import Array, Vector, is_finite
 from curvlib.errors import ConfigurationError, NotPositiveDefiniteError
 from curvlib.factors import Factors
 
-__all__ = ["Gradient", "Solver"]
+__all__ = ["Evaluation", "Gradient", "Solver"]
 
 Gradient = Vector | Factors
 """A block's gradient: explicit, or as fresh Factors J that stand for ``Jᵀ1 / normalizer``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One evaluation of a block on a batch.
+
+    Parameters
+    ----------
+    parameters
+        Values of the block's parameters at the time, a block vector.
+    factors
+        The rows that this evaluation gave.
+    """
+
+    parameters: Vector
+    factors: Factors
 
 
 class Solver(ABC):
@@ -28,6 +45,14 @@ class Solver(ABC):
 
     of_fresh_rows: ClassVar[bool] = False
     """Whether the gradient must be a combination of the same rows, so that they are taken anew at every step."""
+
+    of_second_pass: ClassVar[bool] = False
+    """Whether `follow` compares a step's batch before and after the step, so that steps need a closure."""
+
+    @property
+    def of_kronecker_rows(self) -> bool:
+        """Whether rows must have a Kronecker form (`Factors.kronecker_rows`)."""
+        return False
 
     @property
     def exact(self) -> bool:
@@ -77,6 +102,18 @@ class Solver(ABC):
             A block vector, or fresh Factors that stand for one.
         """
 
+    def gains_from_rows(self, factors: Factors, same: bool) -> bool:
+        """Whether `solve` is cheaper when the gradient comes as fresh rows instead of explicitly.
+
+        Parameters
+        ----------
+        factors
+            Rows of the kind and sizes that are to be expected.
+        same
+            Whether the gradient's rows will be the very rows that the inverse was made of.
+        """
+        return False
+
     def remember(self, estimate: Any, natural: Vector) -> Any:
         """Return the estimate after a step that used `natural`; methods with momentum inside the solve override this.
 
@@ -86,6 +123,20 @@ class Solver(ABC):
             From `update`.
         natural
             What `solve` returned.
+        """
+        return estimate
+
+    def follow(self, estimate: Any, inverse: Any, before: Evaluation, after: Evaluation) -> Any:
+        """Return the estimate after a step, from the same batch evaluated before and after it.
+
+        Called after `remember`, at the steps that took new curvature, of solvers with `of_second_pass`.
+
+        Parameters
+        ----------
+        estimate, inverse
+            From `update` and `factorize`, as the step used them.
+        before, after
+            The block at both ends of the step.
         """
         return estimate
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from curvlib.arrays import Array, record
 from curvlib.factors import Factors
 from curvlib.solvers.average import averaged, check_decay
-from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping
+from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping, check_finite
 
 __all__ = ["Diagonal", "DiagonalEstimate", "DiagonalInverse", "Identity"]
 
@@ -60,6 +60,8 @@ class Diagonal(Solver):
 
     def factorize(self, estimate: DiagonalEstimate, damping: float) -> DiagonalInverse:
         damping = check_damping(damping)
+        for value in estimate.diagonal.values():
+            check_finite(squares=value)
         return DiagonalInverse({name: (value + damping) ** -self.power for name, value in estimate.diagonal.items()})
 
     def solve(self, inverse: DiagonalInverse, gradient: Gradient) -> dict[str, Array]:

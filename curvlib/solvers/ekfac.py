@@ -9,8 +9,8 @@ from curvlib.arrays import Array, eigh, record
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, KroneckerLayout, Sharing
 from curvlib.solvers.average import averaged, check_decay
-from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_choice, check_damping
-from curvlib.solvers.kfac import KFAC, KFACEigen, KFACEstimate, divided_in_basis
+from curvlib.solvers.base import Gradient, Solver, check_choice, check_damping
+from curvlib.solvers.kfac import KFAC, KFACEigen, KFACEstimate, rows_pay
 
 __all__ = ["EKFAC", "EKFACEstimate"]
 
@@ -63,6 +63,7 @@ class EKFAC(Solver):
     """
 
     exact: ClassVar[bool] = False
+    of_kronecker_rows: ClassVar[bool] = True
     sharing: Sharing = "expand"
     decay: float = 0.95
     basis_every: int = 1
@@ -87,8 +88,8 @@ class EKFAC(Solver):
         reciprocals = 1 / (estimate.moments + check_damping(damping))
         return KFACEigen(estimate.inputs, estimate.cotangents, reciprocals, estimate.layout)
 
+    def gains_from_rows(self, factors: Factors, same: bool) -> bool:
+        return rows_pay(factors)
+
     def solve(self, inverse: KFACEigen, gradient: Gradient) -> dict[str, Array]:
-        vector = as_vector(gradient)
-        check_block(vector, inverse.layout.shapes)
-        matrix = inverse.layout.matrix(vector)
-        return inverse.layout.vector(divided_in_basis(matrix, inverse.inputs, inverse.cotangents, inverse.reciprocals))
+        return KFAC(self.sharing, self.decay).solve(inverse, gradient)

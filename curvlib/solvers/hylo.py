@@ -91,8 +91,12 @@ class KIS(Solver):
     def __post_init__(self) -> None:
         _check(self.ratio, self.sharing)
 
-    def update(self, estimate: KISEstimate | KIDEstimate | None, factors: Factors) -> KISEstimate:
-        count = estimate.count if isinstance(estimate, KISEstimate) else 0
+    @property
+    def of_kronecker_rows(self) -> bool:
+        return self.sharing == "reduce"
+
+    def update(self, estimate: KISEstimate | None, factors: Factors) -> KISEstimate:
+        count = 0 if estimate is None else estimate.count
         rows = _shared(factors, self.sharing)
         gram = rows.gram()
         xp = namespace(gram)
@@ -154,7 +158,11 @@ class KID(Solver):
     def __post_init__(self) -> None:
         _check(self.ratio, self.sharing)
 
-    def update(self, estimate: KISEstimate | KIDEstimate | None, factors: Factors) -> KIDEstimate:
+    @property
+    def of_kronecker_rows(self) -> bool:
+        return self.sharing == "reduce"
+
+    def update(self, estimate: KIDEstimate | None, factors: Factors) -> KIDEstimate:
         rows = _shared(factors, self.sharing)
         kernel = rows.gram() / factors.normalizer
         xp = namespace(kernel)
@@ -198,12 +206,15 @@ def _shared(factors: Factors, sharing: RowSharing) -> Factors:
     if sharing == "exact":
         return factors
     apart = factors.kronecker_rows("reduce")
-    groups, samples, _ = apart.inputs.shape
     xp = namespace(apart.inputs)
-    cotangents = xp.permute_dims(apart.cotangents, (1, 0, 2))
+    inputs, cotangents = (xp.permute_dims(rows, (1, 0, 2)) for rows in (apart.inputs, apart.cotangents))
+    columns = inputs.shape[0] // cotangents.shape[0]
+    if columns > 1:
+        # The columns of a lookup are in what its layout calls inputs, times the root of their number.
+        inputs, cotangents = inputs / columns**0.5, xp.repeat(cotangents, columns, axis=0)
     return SharedOuter(
-        xp.permute_dims(apart.inputs, (1, 0, 2))[:, None],
-        cotangents.reshape(samples, -1, 1, groups, cotangents.shape[2]),
+        inputs[:, None],
+        cotangents.reshape(inputs.shape[0], -1, 1, *cotangents.shape[1:]),
         apart.layout.weight_shape,
         apart.layout.weight,
         apart.layout.bias,

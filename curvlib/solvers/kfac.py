@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, eigh, namespace, record, trace
+from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, KroneckerLayout, Sharing
 from curvlib.solvers.average import averaged, check_decay
 from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_choice, check_damping
@@ -14,6 +15,7 @@ from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check
 __all__ = ["KFAC", "KFACCholesky", "KFACEigen", "KFACEstimate"]
 
 KFACDamping = Literal["pi", "plain", "exact"]
+KFACForm = Literal["auto", "cholesky", "eigen"]
 
 
 @record
@@ -64,17 +66,28 @@ class KFAC(Solver):
     damping
         "pi": ``(A + π√λ I) ⊗ (G + √λ/π I)`` with π² the ratio of the factors' mean eigenvalues (section 6.3 there);
         "plain": the same with π = 1; "exact": ``A ⊗ G + λ I`` in the eigenbasis.
+    form
+        How the factors are inverted: "cholesky", cheaper to make; "eigen", which has the spectrum and serves every
+        damping; "auto" takes Cholesky wherever the damping is a product.
     """
 
     exact: ClassVar[bool] = False
+    of_kronecker_rows: ClassVar[bool] = True
     sharing: Sharing = "expand"
     decay: float = 0.95
     damping: KFACDamping = "pi"
+    form: KFACForm = "auto"
 
     def __post_init__(self) -> None:
         check_decay(self.decay)
         check_choice("sharing", self.sharing, get_args(Sharing))
         check_choice("damping", self.damping, get_args(KFACDamping))
+        check_choice("form", self.form, get_args(KFACForm))
+        if self.damping == "exact" and self.form == "cholesky":
+            raise ConfigurationError(
+                "A ⊗ G + λI is no Kronecker product, so damping='exact' has no Cholesky form: use form='eigen', or "
+                "damping='pi'"
+            )
 
     def update(self, estimate: KFACEstimate | None, factors: Factors) -> KFACEstimate:
         apart = factors.kronecker_rows(self.sharing)
@@ -92,18 +105,30 @@ class KFAC(Solver):
     def factorize(self, estimate: KFACEstimate, damping: float) -> KFACCholesky | KFACEigen:
         damping = check_damping(damping)
         if self.damping == "exact":
-            a, Q_A = eigh(estimate.inputs)
-            g, Q_G = eigh(estimate.cotangents)
-            return KFACEigen(Q_A, Q_G, 1 / (g[:, :, None] * a[:, None, :] + damping), estimate.layout)
+            return self._rotated(estimate, 0.0, 0.0, damping)
         mean_a, mean_g = (trace(matrix) / matrix.shape[-1] for matrix in (estimate.inputs, estimate.cotangents))
         left, right = split_damping(mean_a, mean_g, damping, balanced=self.damping == "pi")
+        if self.form == "eigen":
+            return self._rotated(estimate, left, right, 0.0)
         return KFACCholesky(
             cholesky(add_diagonal(estimate.inputs, left)),
             cholesky(add_diagonal(estimate.cotangents, right)),
             estimate.layout,
         )
 
+    def _rotated(self, estimate: KFACEstimate, left: Any, right: Any, whole: float) -> KFACEigen:
+        """``(A + left I) ⊗ (G + right I) + whole I`` in the eigenbasis."""
+        a, Q_A = eigh(estimate.inputs)
+        g, Q_G = eigh(estimate.cotangents)
+        damped = (g[:, :, None] + right) * (a[:, None, :] + left) + whole
+        return KFACEigen(Q_A, Q_G, 1 / damped, estimate.layout)
+
+    def gains_from_rows(self, factors: Factors, same: bool) -> bool:
+        return rows_pay(factors)
+
     def solve(self, inverse: KFACCholesky | KFACEigen, gradient: Gradient) -> dict[str, Array]:
+        if isinstance(gradient, Factors) and rows_pay(gradient):
+            return _solved_by_rows(inverse, gradient)
         vector = as_vector(gradient)
         check_block(vector, inverse.layout.shapes)
         matrix = inverse.layout.matrix(vector)
@@ -142,6 +167,39 @@ def split_damping(inputs: Array, cotangents: Array, damping: float, balanced: bo
     left, right = (xp.where(mean > tiny, mean, xp.ones_like(mean)) for mean in (inputs, cotangents))
     pi = xp.sqrt(left / right)[:, None, None]
     return root * pi, root / pi
+
+
+def rows_pay(factors: Factors) -> bool:
+    """Whether a gradient of such rows is cheaper to precondition row by row than explicitly."""
+    sizes = factors.outer_sizes
+    if sizes is None:
+        return False
+    n, d_in, d_out = sizes
+    return n * (d_in * d_in + d_out * d_out) < d_in * d_out * (d_in + d_out)
+
+
+def paired_rows(gradient: Factors) -> tuple[Array, Array]:
+    """Inputs ``[a, 1]`` and cotangents g, one of each a row; ``gᵀ [a, 1]`` is the gradient that the rows stand for."""
+    apart = gradient.kronecker_rows()
+    a, g = apart.augmented_inputs(), apart.cotangents
+    if a.shape[1] != g.shape[1]:
+        # Several columns share an input.
+        n = a.shape[1]
+        g = g.reshape(g.shape[0], n, -1, g.shape[2]).sum(axis=2)
+    return a, g / gradient.normalizer
+
+
+def _solved_by_rows(inverse: KFACCholesky | KFACEigen, gradient: Factors) -> dict[str, Array]:
+    """``B⁻¹ (gᵀ a) A⁻¹ = (B⁻¹gᵀ)(A⁻¹aᵀ)ᵀ``: solves with as many right-hand sides as there are rows."""
+    a, g = paired_rows(gradient)
+    transpose = namespace(a).matrix_transpose
+    if isinstance(inverse, KFACEigen):
+        rotated = transpose(g @ inverse.cotangents) @ (a @ inverse.inputs)
+        matrix = inverse.cotangents @ (rotated * inverse.reciprocals) @ transpose(inverse.inputs)
+    else:
+        left = cholesky_solve(inverse.cotangents, transpose(g))
+        matrix = left @ transpose(cholesky_solve(inverse.inputs, transpose(a)))
+    return inverse.layout.vector(matrix)
 
 
 def divided_in_basis(matrix: Array, inputs: Array, cotangents: Array, reciprocals: Array) -> Array:

@@ -62,6 +62,7 @@ class Shampoo(Solver):
     """
 
     exact: ClassVar[bool] = False
+    of_kronecker_rows: ClassVar[bool] = True
     of_gradient: ClassVar[bool] = True
     decay: float | None = 0.95
     exponent: float = 0.25

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, namespace, record
-from curvlib.factors import Factors, KroneckerLayout, KroneckerRows, Sharing
+from curvlib.factors import Factors, KroneckerLayout, Sharing
 from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_choice, check_damping
-from curvlib.solvers.kfac import split_damping
+from curvlib.solvers.kfac import paired_rows, split_damping
 
 __all__ = ["SKFAC", "SKFACEstimate", "SKFACInverse"]
 
@@ -56,6 +56,7 @@ class SKFAC(Solver):
     """
 
     exact: ClassVar[bool] = False
+    of_kronecker_rows: ClassVar[bool] = True
     sharing: Sharing = "reduce"
     balanced: bool = True
 
@@ -64,7 +65,7 @@ class SKFAC(Solver):
 
     def update(self, estimate: SKFACEstimate | None, factors: Factors) -> SKFACEstimate:
         apart = factors.kronecker_rows(self.sharing)
-        inputs = _with_ones(apart)
+        inputs = apart.augmented_inputs()
         return SKFACEstimate(inputs / inputs.shape[1] ** 0.5, apart.cotangents / factors.normalizer**0.5, apart.layout)
 
     def factorize(self, estimate: SKFACEstimate, damping: float) -> SKFACInverse:
@@ -83,7 +84,18 @@ class SKFAC(Solver):
             estimate.layout,
         )
 
+    def gains_from_rows(self, factors: Factors, same: bool) -> bool:
+        sizes = factors.outer_sizes
+        # Products with n rows of each factor against products of n × n rows.
+        return sizes is not None and sizes[0] * (sizes[1] + sizes[2]) < sizes[1] * sizes[2]
+
     def solve(self, inverse: SKFACInverse, gradient: Gradient) -> dict[str, Array]:
+        if isinstance(gradient, Factors) and self.gains_from_rows(gradient, same=False):
+            a, g = paired_rows(gradient)
+            transpose = namespace(a).matrix_transpose
+            left = _solved(inverse.cotangents, inverse.cotangent_kernel, inverse.cotangent_damping, transpose(g))
+            right = _solved(inverse.inputs, inverse.input_kernel, inverse.input_damping, transpose(a))
+            return inverse.layout.vector(left @ transpose(right))
         vector = as_vector(gradient)
         check_block(vector, inverse.layout.shapes)
         matrix = inverse.layout.matrix(vector)
@@ -97,11 +109,3 @@ def _solved(rows: Array, kernel: Array, damping: Array | float, rhs: Array) -> A
     """``(rowsᵀ rows + μI)⁻¹ rhs`` through the kernel's Cholesky factor."""
     transpose = namespace(rows).matrix_transpose
     return (rhs - transpose(rows) @ cholesky_solve(kernel, rows @ rhs)) / damping
-
-
-def _with_ones(apart: KroneckerRows) -> Array:
-    xp = namespace(apart.inputs)
-    ones = xp.ones_like(apart.inputs[:, :, :1])
-    if apart.layout.weight is None:
-        return ones
-    return apart.inputs if apart.layout.bias is None else xp.concat([apart.inputs, ones], axis=2)

@@ -104,6 +104,7 @@ class SOAP(Solver):
     """
 
     exact: ClassVar[bool] = False
+    of_kronecker_rows: ClassVar[bool] = True
     of_gradient: ClassVar[bool] = True
     momentum: float = 0.95
     decay: float = 0.95

@@ -11,7 +11,7 @@ from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors
 from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping
 
-__all__ = ["SPRING", "MinSR", "SPRINGEstimate", "SPRINGInverse", "proximal_solve"]
+__all__ = ["SPRING", "MinSR", "SPRINGEstimate", "SPRINGInverse", "multiple_of_mean", "proximal_solve"]
 
 
 @record
@@ -88,39 +88,12 @@ class SPRING(Solver):
         if gradient is not rows:
             vector = as_vector(gradient)
             check_block(vector, rows.shapes)
-            weights = weights * self._multiple(vector, rows.rmatvec(weights), inverse.square)
+            mean, name = rows.rmatvec(weights), type(self).__name__
+            weights = weights * multiple_of_mean(vector, mean, inverse.square, self.tolerance, name)
         return proximal_solve(rows, inverse.factor, weights, inverse.previous, self.momentum)
 
     def remember(self, estimate: SPRINGEstimate, natural: Vector) -> SPRINGEstimate:
         return dataclasses.replace(estimate, previous=dict(natural)) if self.momentum else estimate
-
-    def _multiple(self, gradient: Vector, mean: Vector, square: Array) -> Array:
-        """Return c ≥ 0 with gradient = c · mean.
-
-        Raises
-        ------
-        ConfigurationError
-            If there is none.
-        """
-        xp = namespace(square)
-        size, own, both = dot(mean, mean), dot(gradient, gradient), dot(mean, gradient)
-        # Below this the mean is what rounding left of rows that cancel, and has no direction to compare.
-        noise = (100 * xp.finfo(square.dtype).eps) ** 2 * square
-        if float(size) <= float(noise):
-            return xp.ones_like(size)
-        # ‖g − c m‖² with c = ⟨g, m⟩ / ‖m‖², the best multiple.
-        multiple = both / size
-        rest = {name: gradient[name] - multiple * mean[name] for name in mean}
-        distance = dot(rest, rest)
-        allowed = self.tolerance**2 * own + multiple**2 * noise
-        if not (float(multiple) >= 0 and float(distance) <= float(allowed)):
-            raise ConfigurationError(
-                f"{type(self).__name__} needs the gradient of the rows that it solves with, but this gradient is "
-                f"{float(distance / own) ** 0.5:.2g} of its length away from every multiple of their mean: use "
-                "fisher=Empirical() with refresh=1 and the loss that the gradient comes from (transforms of the "
-                "gradient before the step may scale it, no more); in reduced precision raise `tolerance`"
-            )
-        return multiple
 
 
 @dataclass(frozen=True)
@@ -162,3 +135,43 @@ def proximal_solve(
     kept = {name: momentum * array for name, array in previous.items()}
     step = rows.rmatvec(cholesky_solve(factor, weights - rows.matvec(kept) / rows.normalizer))
     return {name: kept[name] + step[name] for name in step}
+
+
+def multiple_of_mean(gradient: Vector, mean: Vector, square: Array, tolerance: float, name: str) -> Array:
+    """Return c ≥ 0 with gradient = c · mean.
+
+    Parameters
+    ----------
+    gradient, mean
+        Block vectors.
+    square
+        Mean squared length of the rows that `mean` is the mean of.
+    tolerance
+        Largest relative distance that is taken for none.
+    name
+        Of the solver, for the error.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is none.
+    """
+    xp = namespace(square)
+    size, own, both = dot(mean, mean), dot(gradient, gradient), dot(mean, gradient)
+    # Below this the mean is what rounding left of rows that cancel, and has no direction to compare.
+    noise = (100 * xp.finfo(square.dtype).eps) ** 2 * square
+    if float(size) <= float(noise):
+        return xp.ones_like(size)
+    # ‖g − c m‖² with c = ⟨g, m⟩ / ‖m‖², the best multiple.
+    multiple = both / size
+    rest = {key: gradient[key] - multiple * mean[key] for key in mean}
+    distance = dot(rest, rest)
+    allowed = tolerance**2 * own + multiple**2 * noise
+    if not (float(multiple) >= 0 and float(distance) <= float(allowed)):
+        raise ConfigurationError(
+            f"{name} needs the gradient of the rows that it solves with, but this gradient is "
+            f"{float(distance / own) ** 0.5:.2g} of its length away from every multiple of their mean: use "
+            "fisher=Empirical() with refresh=1 and the loss that the gradient comes from (transforms of the "
+            "gradient before the step may scale it, no more); in reduced precision raise `tolerance`"
+        )
+    return multiple

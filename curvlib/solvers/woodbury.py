@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, record
+from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, namespace, record
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Dense as DenseRows
-from curvlib.factors import Factors
+from curvlib.factors import Factors, Scaled, cat
 from curvlib.factors.lowrank import truncated
 from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping
 from curvlib.solvers.dense import Covariance, Dense, DenseInverse
@@ -79,6 +79,8 @@ class Woodbury(Solver):
             return Dense().update(None, factors)
         kept = factors.compact()
         gram = kept.gram()
+        if isinstance(kept, Scaled) and self.low_rank is not None:
+            kept = kept.applied()
         if self.low_rank is not None and isinstance(kept, DenseRows):
             kept = truncated(kept, self.low_rank, gram)
         return WoodburyEstimate(kept, gram / factors.normalizer)
@@ -89,14 +91,38 @@ class Woodbury(Solver):
         damping = check_damping(damping)
         return WoodburyInverse(estimate.factors, cholesky(add_diagonal(estimate.kernel, damping)), damping)
 
+    def gains_from_rows(self, factors: Factors, same: bool) -> bool:
+        if not self.exact or factors.size <= len(factors):
+            return False
+        return same or _cross_pays(factors)
+
     def solve(self, inverse: WoodburyInverse | DenseInverse, gradient: Gradient) -> dict[str, Array]:
         if isinstance(inverse, DenseInverse):
             return Dense().solve(inverse, gradient)
         rows = inverse.factors
         if gradient is rows and self.exact:
             return rows.rmatvec(cholesky_solve(inverse.factor, rows.row_weights(1 / rows.normalizer)))
+        if isinstance(gradient, Factors) and _cross_pays(gradient):
+            return _combined(inverse, gradient)
         vector = as_vector(gradient)
         check_block(vector, rows.shapes)
         weights = cholesky_solve(inverse.factor, rows.matvec(vector)) / rows.normalizer
         correction = rows.rmatvec(weights)
         return {name: (vector[name] - correction[name]) / inverse.damping for name in vector}
+
+
+def _combined(inverse: WoodburyInverse, gradient: Factors) -> dict[str, Array]:
+    """Natural gradient as one combination of the gradient's rows and the inverse's."""
+    rows, ones = inverse.factors, gradient.row_weights(1 / gradient.normalizer)
+    weights = cholesky_solve(inverse.factor, rows.cross_gram(gradient) @ ones) / rows.normalizer
+    both = namespace(ones).concat([ones, -weights]) / inverse.damping
+    return cat((gradient, rows)).rmatvec(both)
+
+
+def _cross_pays(factors: Factors) -> bool:
+    """Whether J g for a gradient of such rows is cheaper as a cross-Gram than from the explicit gradient."""
+    sizes = factors.outer_sizes
+    if sizes is None:
+        return False
+    rows, d_in, d_out = sizes
+    return rows * (d_in + d_out) < d_in * d_out

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvlib.arrays import pack, unpack
 from curvlib.errors import ConfigurationError, CurvatureError
-from curvlib.factors import Dense, Factors, OuterProduct, SharedOuter, cat
+from curvlib.factors import Dense, Factors, OneHotOuter, OuterProduct, SharedOuter, cat
 from curvlib.solvers import Solver
 from curvlib.testing.comparison import Comparison, ConformanceError, numbers
 
@@ -42,8 +42,9 @@ def check_solver(
     solver
         What is checked.
     factors
-        Name to Factors of torch arrays in float64; by default outer products with and without bias, shared outer
-        products with groups, and dense rows, with fewer and with more rows than parameters.
+        Name to Factors of torch arrays in float64; by default outer products with and without bias, with one row a
+        sample and several, shared outer products with groups, lookups, and dense rows, with fewer and with more rows
+        than parameters.
     tolerance
         Largest error allowed, relative to the largest expected entry.
     laws
@@ -98,8 +99,8 @@ def example_factors() -> dict[str, Factors]:
         pattern = torch.arange(1, torch.Size(shape).numel() + 1, dtype=torch.float64)
         return torch.cos(pattern * pattern * 0.31 + phase).reshape(shape)
 
-    def outer(n: int, **names: str) -> Factors:
-        return OuterProduct(numbers_of(n, 4), numbers_of(n, 2, 3, phase=1), samples=n, **names)
+    def outer(n: int, columns: int = 2, **names: str) -> Factors:
+        return OuterProduct(numbers_of(n, 4), numbers_of(n, columns, 3, phase=1), samples=n, **names)
 
     def shared(n: int, **names: str) -> Factors:
         inputs, cotangents = numbers_of(n, 5, 2, 3), numbers_of(n, 1, 5, 2, 2, phase=1)
@@ -107,10 +108,12 @@ def example_factors() -> dict[str, Factors]:
 
     return {
         "outer products": outer(3),
+        "outer products, one row a sample": outer(3, columns=1, bias="bias"),
         "outer products with bias": outer(3, bias="bias"),
         "outer products, more rows than parameters": outer(20, bias="bias"),
         "shared outer products with groups": shared(4, bias="bias"),
         "shared outer products, more rows than parameters": shared(30),
+        "lookups": OneHotOuter(torch.arange(12).reshape(4, 3) % 5, numbers_of(4, 3, 2), vocabulary=5, samples=4),
         "dense rows": Dense(weight=numbers_of(4, 3, 2), bias=numbers_of(4, 3, phase=2)),
     }
 

@@ -1,6 +1,4 @@
-"""Factors of residual functions against autograd one residual at a time; steps and operators against matrices."""
-
-import builtins
+"""Factors of residual functions against autograd one residual at a time; steps against matrices."""
 
 import numpy as np
 import pytest
@@ -9,11 +7,8 @@ from torch.func import functional_call, grad, hessian
 
 from curvlib.arrays import pack
 from curvlib.errors import ConfigurationError, CurvatureError
-from curvlib.factors import Dense, OuterProduct
 from curvlib.func import (
-    Curvature,
     gauss_newton,
-    jacobian_operator,
     joined,
     linearize,
     natural_gradient,
@@ -160,48 +155,6 @@ def test_any_solver_and_any_likelihood():
     close(flat(natural_gradient(factors, gradient, Diagonal(), DAMPING)), g / (F.diagonal() + DAMPING))
 
 
-@pytest.mark.parametrize("library", ["torch", "numpy"])
-@pytest.mark.parametrize("n", [4, 40])
-def test_the_operator_is_its_matrix(library, n):
-    arrays = [numbers(n, 3), numbers(n, 1, 4)]
-    factors = OuterProduct(*(a if library == "torch" else a.numpy() for a in arrays), bias="bias", samples=n)
-    J = torch.as_tensor(np.asarray(factors.dense().matrix()))
-    F = J.T @ J / n + DAMPING * torch.eye(16, dtype=torch.float64)
-    operator, v = Curvature(factors, DAMPING), numbers(16, seed=2)
-    own = v if library == "torch" else v.numpy()
-    assert operator.shape == (16, 16)
-    close(torch.as_tensor(operator @ own), F @ v)
-    close(torch.as_tensor(operator.solve(own)), torch.linalg.solve(F, v))
-    close(torch.as_tensor(operator.trace()), F.trace())
-    close(torch.as_tensor(operator.logdet()), torch.logdet(F))
-    block = {"weight": own[:12].reshape(4, 3), "bias": own[12:]}
-    close(torch.cat([torch.as_tensor(part).reshape(-1) for part in (operator @ block).values()]), F @ v)
-    sparse = pytest.importorskip("scipy.sparse.linalg")
-    close(torch.from_numpy(operator.scipy() @ v.numpy()), F @ v)
-    close(torch.from_numpy(operator.scipy_inverse() @ (F @ v).numpy()), v)
-    solution, failed = sparse.cg(operator.scipy(), v.numpy(), rtol=1e-12)
-    assert not failed
-    close(torch.from_numpy(solution), torch.linalg.solve(F, v), 1e-8)
-    rows = jacobian_operator(factors)
-    close(torch.from_numpy(rows @ v.numpy()), J @ v)
-    close(torch.from_numpy(rows.T @ np.ones(n)), J.sum(0))
-    assert sparse.svds(rows, k=2)[1].max() == pytest.approx(float(torch.linalg.svdvals(J)[0]))
-    assert rows.dtype == np.float64
-
-
-def test_scipy_is_asked_for_by_name(monkeypatch):
-    original = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("scipy"):
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigurationError, match="pip install scipy"):
-        jacobian_operator(Dense(weight=torch.ones(2, 3)))
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -215,9 +168,6 @@ def test_scipy_is_asked_for_by_name(monkeypatch):
         (lambda: joined([linearize(values, params(), *batch())], [0.0]), "positive weights"),
         (lambda: gauss_newton(linearize(values, params(), *batch()), 0.0), "positive finite"),
         (lambda: spring(linearize(values, params(), *batch()), 0.1, None, 1.0), r"\[0, 1\), got 1.0"),
-        (lambda: Curvature(Dense(weight=torch.ones(2, 3)), -1.0), "≥ 0"),
-        (lambda: Curvature(Dense(weight=torch.ones(2, 3))).solve(torch.ones(3)), "positive finite"),
-        (lambda: Curvature(Dense(weight=torch.ones(2, 3))) @ torch.ones(4), r"shape \(3,\), got \(4,\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(build, message):

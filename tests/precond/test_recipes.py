@@ -18,8 +18,10 @@ OPTIONS = {
     "EKFAC": {"estimate_every": 2, "refresh": 10, "lr": 0.1, "damping": 0.1, "weight_decay": 0.0},
     "Eva": {"lr": 0.1, "damping": 0.1},
     "ExactNGD": {"damping": 0.3, "refresh": 40},
-    "HyLo": {"refresh": 10, "lr": 0.1, "ratio": 0.3},
+    "FNGD": {"first_epoch": 14, "damping": 0.3},
+    "HyLo": {"refresh": 10, "ratio": 0.3, "kl_clip": None},
     "IKFAC": {"refresh": 1},
+    "KBFGS": {"damping": 0.1},
     "KFAC": {"estimate_every": 5, "refresh": 20, "lr": 0.1, "weight_decay": 0.0},
     "SENG": {"refresh": 10, "lr": 0.1},
     "SINGD": {"refresh": 1, "lr": 0.003},
@@ -60,9 +62,14 @@ def train(network, optimizer_of, data):
     images = data[0].reshape(-1, 8, 8) if network == "convolutions" else data[0]
     for _ in range(STEPS):
         index = torch.randint(0, len(images), (128,), generator=order)
-        optimizer.zero_grad()
-        functional.cross_entropy(model(images[index]), data[1][index]).backward()
-        optimizer.step()
+
+        def closure(index=index):
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(images[index]), data[1][index])
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
     with torch.no_grad():
         return float(functional.cross_entropy(model(images), data[1]))
 
@@ -97,5 +104,5 @@ def test_a_recipe_is_a_paragraph_without_mathematics(name):
 
 
 def test_every_published_solver_has_a_recipe():
-    plain = {"Solver", "Dense", "Diagonal", "Identity", "Woodbury", "MinSR", "KID", "KIS"}
+    plain = {"Solver", "Dense", "Diagonal", "Identity", "Woodbury", "MinSR", "KID", "KIS", "Switch"}
     assert {name for name in solvers.__all__ if issubclass(getattr(solvers, name), Solver)} - plain <= set(NAMES)

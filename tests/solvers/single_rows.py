@@ -3,13 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from blocks import LIBRARIES, SAMPLES, numbers, stored
 
-from curvlib.arrays import pack, unpack
 from curvlib.factors import OneHotOuter, OuterProduct, SharedOuter
-
-SAMPLES = 6
-LIBRARIES = {"torch": torch.from_numpy, "numpy": np.asarray}
 
 
 @dataclass
@@ -47,10 +43,6 @@ class Block:
     def means(self):
         """Mean input and cotangent of every group, (groups, d) and (groups, d_out)."""
         return self.a.mean((0, 1)), self.g.sum(1).mean(0)
-
-
-def numbers(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape)
 
 
 def with_ones(a):
@@ -100,8 +92,8 @@ def steps(solver, build, library, damping, updates=4):
     estimate, blocks, pairs = None, [], []
     for number in range(updates):
         block = build(LIBRARIES[library], number)
-        estimate = unpack(pack(solver.update(estimate, block.factors)))
-        inverse = unpack(pack(solver.factorize(estimate, damping)))
+        estimate = stored(solver.update(estimate, block.factors))
+        inverse = stored(solver.factorize(estimate, damping))
         other = {name: numbers(*shape, seed=9) for name, shape in block.factors.shapes.items()}
         gradient = block.gradient if number % 2 else block.matrix(other)
         given = block.factors if number % 2 else {name: LIBRARIES[library](value) for name, value in other.items()}
@@ -110,11 +102,6 @@ def steps(solver, build, library, damping, updates=4):
         blocks.append(block)
         pairs.append((gradient, block.matrix(natural)))
     return blocks, pairs
-
-
-def bias_corrected(history, decay):
-    weights = np.array([decay ** (len(history) - 1 - i) for i in range(len(history))])
-    return sum(w * h for w, h in zip(weights / weights.sum(), history, strict=True))
 
 
 def close(given, expected):

@@ -3,42 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from blocks import BUILDS, bias_corrected, gradient_of, kronecker_pairs, linear, matrices, numbers, positions, stored
 
-from curvlib.arrays import pack, unpack
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Dense as DenseRows
-from curvlib.factors import OuterProduct, SharedOuter
+from curvlib.factors import OuterProduct
 from curvlib.solvers import EKFAC, KFAC, SKFAC, Diagonal, Identity
+from curvlib.solvers.kfac import KFACCholesky, KFACEigen
 
 DAMPING = 0.3
 UPDATES = 4
-
-
-def numbers(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape)
-
-
-def linear(library, seed, bias="bias"):
-    return OuterProduct(
-        library(numbers(6, 5, seed=seed)), library(numbers(6, 2, 4, seed=seed + 50)), bias=bias, samples=6
-    )
-
-
-def no_bias(library, seed):
-    return linear(library, seed, bias=None)
-
-
-def sequence(library, seed):
-    a, g = numbers(6, 3, 1, 5, seed=seed), numbers(6, 2, 3, 1, 4, seed=seed + 50)
-    return SharedOuter(library(a), library(g), (4, 5), bias="bias", samples=6)
-
-
-def grouped(library, seed):
-    a, g = numbers(6, 3, 2, 5, seed=seed), numbers(6, 1, 3, 2, 4, seed=seed + 50)
-    return SharedOuter(library(a), library(g), (8, 5), bias="bias", samples=6)
-
-
-BUILDS = [linear, no_bias, sequence, grouped]
 
 
 @pytest.fixture(params=["torch", "numpy"])
@@ -46,50 +20,13 @@ def library(request):
     return torch.from_numpy if request.param == "torch" else np.asarray
 
 
-def positions(factors):
-    """Inputs (n, positions, groups, d) with the 1 of a bias, and cotangents (n, columns, positions, groups, d_out)."""
-    shared = factors.as_shared() if isinstance(factors, OuterProduct) else factors
-    a, g = np.asarray(shared.inputs), np.asarray(shared.cotangents)
-    if factors.bias is not None:
-        a = np.concatenate([a, np.ones((*a.shape[:3], 1))], axis=3)
-    return a, g
-
-
-def pairs(factors, sharing):
-    """A and G of every group, from the definition."""
-    a, g = positions(factors)
-    if sharing == "reduce":
-        a, g = a.mean(1, keepdims=True), g.sum(2, keepdims=True)
-    for group in range(a.shape[2]):
-        inputs, cotangents = a[:, :, group].reshape(-1, a.shape[3]), g[:, :, :, group].reshape(-1, g.shape[4])
-        yield inputs.T @ inputs / len(inputs), cotangents.T @ cotangents / factors.normalizer
-
-
-def matrices(factors, vector):
-    """[W, b] of every group, shape (groups, d_out, d)."""
-    groups = 1 if isinstance(factors, OuterProduct) else factors.inputs.shape[2]
-    weight = np.asarray(vector["weight"]).reshape(groups, -1, 5)
-    if "bias" not in vector:
-        return weight
-    return np.concatenate([weight, np.asarray(vector["bias"]).reshape(groups, -1, 1)], axis=2)
-
-
-def gradient_of(factors, library):
-    return {name: library(numbers(*shape, seed=9)) for name, shape in factors.shapes.items()}
-
-
-def bias_corrected(history, decay):
-    weights = np.array([decay ** (len(history) - 1 - i) for i in range(len(history))])
-    return sum(w * h for w, h in zip(weights / weights.sum(), history, strict=True))
-
-
 def run(solver, build, library):
     estimate, seen = None, []
     for seed in range(UPDATES):
         seen.append(build(library, seed))
-        estimate = unpack(pack(solver.update(estimate, seen[-1])))
+        estimate = stored(solver.update(estimate, seen[-1]))
     gradient = gradient_of(seen[-1], library)
-    natural = solver.solve(unpack(pack(solver.factorize(estimate, DAMPING))), gradient)
+    natural = solver.solve(stored(solver.factorize(estimate, DAMPING)), gradient)
     return seen, matrices(seen[-1], gradient), matrices(seen[-1], natural)
 
 
@@ -101,7 +38,7 @@ def kron_solve(A, G, M):
 
 def averages(seen, sharing, decay):
     """Averaged A and G of every group."""
-    history = [list(pairs(factors, sharing)) for factors in seen]
+    history = [list(kronecker_pairs(factors, sharing)) for factors in seen]
     for group in range(len(history[0])):
         yield tuple(bias_corrected([entry[group][which] for entry in history], decay) for which in (0, 1))
 
@@ -109,9 +46,12 @@ def averages(seen, sharing, decay):
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("decay", [0.0, 0.8])
-@pytest.mark.parametrize("damping", ["pi", "plain", "exact"])
-def test_kfac_is_its_textbook_definition(build, sharing, decay, damping, library):
-    seen, gradient, natural = run(KFAC(sharing, decay, damping), build, library)
+@pytest.mark.parametrize(
+    ("damping", "form"),
+    [("pi", "cholesky"), ("pi", "eigen"), ("plain", "cholesky"), ("plain", "eigen"), ("exact", "eigen")],
+)
+def test_kfac_is_its_textbook_definition(build, sharing, decay, damping, form, library):
+    seen, gradient, natural = run(KFAC(sharing, decay, damping, form), build, library)
     for group, (A, G) in enumerate(averages(seen, sharing, decay)):
         if damping == "exact":
             full = np.kron(A, G) + DAMPING * np.eye(len(A) * len(G))
@@ -121,6 +61,13 @@ def test_kfac_is_its_textbook_definition(build, sharing, decay, damping, library
             root = np.sqrt(DAMPING)
             expected = kron_solve(A + pi * root * np.eye(len(A)), G + root / pi * np.eye(len(G)), gradient[group])
         np.testing.assert_allclose(natural[group], expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("damping", ["pi", "plain", "exact"])
+def test_kfac_takes_cholesky_wherever_the_damping_is_a_product(damping):
+    solver = KFAC(damping=damping)
+    inverse = solver.factorize(solver.update(None, linear(torch.from_numpy, 0)), DAMPING)
+    assert isinstance(inverse, KFACEigen if damping == "exact" else KFACCholesky)
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -136,7 +83,7 @@ def test_ekfac_rescales_in_the_eigenbasis(build, sharing, basis_every, library):
         history = []
         for factors in since:
             a, g = positions(factors)
-            rows = np.einsum("ncro,nri->ncoi", g[:, :, :, group], a[:, :, group])
+            rows = np.einsum("ncro,ncri->ncoi", g[:, :, :, group], a[:, :, :, group])
             rotated = np.einsum("po,ncpq,qi->ncoi", Q_G, rows, Q_A)
             history.append((rotated**2).sum((0, 1)) / factors.normalizer)
         moments = bias_corrected(history, decay)
@@ -148,7 +95,7 @@ def test_ekfac_is_nearest_among_diagonals_in_its_basis():
     factors = linear(torch.from_numpy, 0)
     rows = np.concatenate([np.asarray(v).reshape(len(factors), -1) for v in factors.dense().values.values()], axis=1)
     truth = rows.T @ rows / 6
-    A, G = next(pairs(factors, "expand"))
+    A, G = next(kronecker_pairs(factors, "expand"))
     Q_A, Q_G = np.linalg.eigh(A)[1], np.linalg.eigh(G)[1]
     estimate = EKFAC().update(None, factors)
     distance = {}
@@ -198,8 +145,9 @@ def test_diagonal_divides_by_averaged_squares(build, power, library):
     np.testing.assert_allclose(natural, expected, rtol=1e-10)
 
 
-def test_identity_passes_the_gradient_through(library):
-    _, gradient, natural = run(Identity(), linear, library)
+@pytest.mark.parametrize("build", BUILDS)
+def test_identity_passes_the_gradient_through(build, library):
+    _, gradient, natural = run(Identity(), build, library)
     np.testing.assert_array_equal(natural, gradient)
 
 
@@ -233,6 +181,8 @@ def test_rows_without_a_kronecker_form_are_refused_with_what_to_use(solver):
         (lambda: KFAC("average"), "'expand', 'reduce'"),
         (lambda: KFAC(decay=1.0), r"\[0, 1\), got 1.0"),
         (lambda: KFAC(damping="tikhonov"), "'pi', 'plain', 'exact'"),
+        (lambda: KFAC(form="qr"), "'auto', 'cholesky', 'eigen'"),
+        (lambda: KFAC(damping="exact", form="cholesky"), "no Cholesky form: use form='eigen'"),
         (lambda: EKFAC("both"), "'expand', 'reduce'"),
         (lambda: SKFAC("both"), "'expand', 'reduce'"),
         (lambda: EKFAC(decay=-0.1), r"\[0, 1\)"),

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from single_rows import BUILDS, LIBRARIES, bias_corrected, close, linear, steps
+from blocks import bias_corrected
+from single_rows import BUILDS, LIBRARIES, close, linear, steps
 
 from curvlib.solvers import Shampoo
 

@@ -4,10 +4,11 @@ import array_api_compat
 import numpy as np
 import pytest
 import torch
+from blocks import BUILDS, LIBRARIES, flat, gradient_of, linear, numbers, step
 
 from curvlib.errors import ConfigurationError, NotPositiveDefiniteError
 from curvlib.factors import Dense as DenseRows
-from curvlib.factors import OuterProduct, SharedOuter
+from curvlib.factors import OuterProduct
 from curvlib.solvers import Dense, Woodbury
 from curvlib.solvers.dense import DenseInverse
 from curvlib.solvers.woodbury import WoodburyInverse
@@ -15,37 +16,17 @@ from curvlib.solvers.woodbury import WoodburyInverse
 SOLVERS = [Woodbury(), Dense()]
 
 
-def numbers(library, *shape, seed=0):
-    values = np.random.default_rng(seed + sum(shape)).standard_normal(shape)
-    return torch.from_numpy(values) if library == "torch" else values
+def tall(library, seed):
+    return OuterProduct(library(numbers(30, 2, seed=seed)), library(numbers(30, 1, 3, seed=seed)), samples=15)
 
 
-def wide(library):
-    return OuterProduct(numbers(library, 6, 5), numbers(library, 6, 1, 4), bias="bias", samples=6)
+def explicit(library, seed):
+    return DenseRows(weight=library(numbers(5, 3, 4, seed=seed)), gain=library(numbers(5, 2, seed=seed)))
 
 
-def tall(library):
-    return OuterProduct(numbers(library, 30, 2), numbers(library, 30, 1, 3), samples=15)
-
-
-def shared(library):
-    return SharedOuter(numbers(library, 4, 3, 2, 4), numbers(library, 4, 2, 3, 2, 3), (6, 4), samples=4)
-
-
-def explicit(library):
-    return DenseRows(weight=numbers(library, 5, 3, 4), gain=numbers(library, 5, 2))
-
-
-FACTORS = [wide, tall, shared, explicit]
-
-
-@pytest.fixture(params=["torch", "numpy"])
+@pytest.fixture(params=LIBRARIES)
 def library(request):
-    return request.param
-
-
-def flat(vector):
-    return np.concatenate([np.asarray(value).reshape(-1) for value in vector.values()])
+    return LIBRARIES[request.param]
 
 
 def truth(factors, gradient, damping):
@@ -53,26 +34,22 @@ def truth(factors, gradient, damping):
     return np.linalg.solve(rows.T @ rows / factors.normalizer + damping * np.eye(factors.size), gradient)
 
 
-def gradient_of(factors, library):
-    return {name: numbers(library, *shape, seed=9) for name, shape in factors.shapes.items()}
-
-
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
-@pytest.mark.parametrize("build", FACTORS)
+@pytest.mark.parametrize("build", [*BUILDS, tall, explicit])
 @pytest.mark.parametrize("damping", [1e-4, 0.1, 1e4])
 def test_solve_is_the_explicit_damped_solve(solver, build, damping, library):
-    factors = build(library)
-    gradient = gradient_of(factors, library)
-    natural = solver.solve(solver.factorize(solver.update(None, factors), damping), gradient)
-    assert list(natural) == list(factors.shapes)
-    expected = truth(factors, flat(gradient), damping)
-    assert np.linalg.norm(flat(natural) - expected) < 1e-10 * np.linalg.norm(expected)
+    estimate = None
+    for seed in range(3):
+        factors = build(library, seed)
+        estimate, gradient, natural = step(solver, estimate, factors, library, damping)
+        expected = truth(factors, gradient, damping)
+        assert np.linalg.norm(natural - expected) < 1e-10 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
-@pytest.mark.parametrize("build", FACTORS)
+@pytest.mark.parametrize("build", [*BUILDS, tall, explicit])
 def test_factors_stand_for_their_mean_gradient(solver, build, library):
-    factors, fresh = build(library), build(library).scaled(0.5)
+    factors, fresh = build(library, 0), build(library, 0).scaled(0.5)
     inverse = solver.factorize(solver.update(None, factors), 0.1)
     gradient = np.asarray(fresh.dense().matrix()).sum(0) / fresh.normalizer
     np.testing.assert_allclose(
@@ -81,7 +58,7 @@ def test_factors_stand_for_their_mean_gradient(solver, build, library):
 
 
 def test_push_through_stays_accurate_where_damping_vanishes():
-    factors = wide("torch")
+    factors = linear(torch.from_numpy, 0, columns=1)
     solver = Woodbury()
     inverse = solver.factorize(solver.update(None, factors), 1e-13)
     assert isinstance(inverse, WoodburyInverse)
@@ -93,20 +70,20 @@ def test_push_through_stays_accurate_where_damping_vanishes():
 
 def test_woodbury_takes_the_smaller_side(library):
     solver = Woodbury()
-    assert isinstance(solver.factorize(solver.update(None, wide(library)), 0.1), WoodburyInverse)
-    assert isinstance(solver.factorize(solver.update(None, tall(library)), 0.1), DenseInverse)
+    assert isinstance(solver.factorize(solver.update(None, linear(library, 0)), 0.1), WoodburyInverse)
+    assert isinstance(solver.factorize(solver.update(None, tall(library, 0)), 0.1), DenseInverse)
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 def test_bad_arguments_are_refused(solver, library):
-    factors = wide(library)
+    factors = linear(library, 0)
     estimate = solver.update(None, factors)
     for damping in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigurationError, match="positive finite"):
             solver.factorize(estimate, damping)
     inverse = solver.factorize(estimate, 0.1)
     with pytest.raises(ConfigurationError, match=r"'weight': \(4, 5\)"):
-        solver.solve(inverse, {"weight": numbers(library, 5, 4), "bias": numbers(library, 4)})
+        solver.solve(inverse, {"weight": library(numbers(5, 4)), "bias": library(numbers(4))})
     bad = factors.scaled(float("nan"))
     with pytest.raises(NotPositiveDefiniteError):
         solver.factorize(solver.update(None, bad), 0.1)
@@ -114,7 +91,8 @@ def test_bad_arguments_are_refused(solver, library):
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 def test_states_are_pure(solver, library):
-    factors, gradient = wide(library), gradient_of(wide(library), library)
+    factors = linear(library, 0)
+    gradient = gradient_of(factors, library)
     estimate = solver.update(None, factors)
     first = solver.factorize(estimate, 0.1)
     before = flat(solver.solve(first, gradient))

@@ -3,50 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from blocks import BUILDS, flat, linear, numbers, stored
 from torch import nn
 
 import curvlib
-from curvlib.arrays import pack, unpack
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Dense as DenseRows
-from curvlib.factors import OneHotOuter, OuterProduct, SharedOuter
 from curvlib.solvers import SPRING, MinSR, Woodbury
 
 DAMPING, STEPS = 0.2, 4
 
 
-def numbers(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape)
-
-
-def linear(library, seed, bias="bias"):
-    return OuterProduct(library(numbers(6, 5, seed=seed)), library(numbers(6, 4, seed=seed + 50)), bias=bias)
-
-
-def no_bias(library, seed):
-    return linear(library, seed, bias=None)
-
-
-def sequence(library, seed):
-    a, g = numbers(6, 3, 1, 5, seed=seed), numbers(6, 1, 3, 1, 4, seed=seed + 50)
-    return SharedOuter(library(a), library(g), (4, 5), bias="bias")
-
-
-def grouped(library, seed):
-    a, g = numbers(6, 3, 2, 5, seed=seed), numbers(6, 1, 3, 2, 4, seed=seed + 50)
-    return SharedOuter(library(a), library(g), (8, 5), bias="bias", samples=3)
-
-
-def embedding(library, seed):
-    indices = np.random.default_rng(seed).integers(7, size=(6, 3))
-    return OneHotOuter(library(indices), library(numbers(6, 1, 3, 2, seed=seed)), 7)
-
-
-def tall(library, seed):
+def tall(library, seed, columns=1):
     return DenseRows(weight=library(numbers(12, 2, 2, seed=seed)))
-
-
-BUILDS = [linear, no_bias, sequence, grouped, embedding, tall]
 
 
 @pytest.fixture(params=["torch", "numpy"])
@@ -54,23 +23,19 @@ def library(request):
     return torch.from_numpy if request.param == "torch" else np.asarray
 
 
-def flat(vector):
-    return np.concatenate([np.asarray(value).reshape(-1) for value in vector.values()])
-
-
 def mean(factors, scale=1.0):
     return factors.rmatvec(factors.row_weights(scale / factors.normalizer))
 
 
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("build", [*BUILDS, tall])
 @pytest.mark.parametrize("solver", [SPRING(0.9), SPRING(0.5), MinSR()], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.01, 30.0])
 def test_steps_are_those_of_the_paper(build, solver, scale, library):
     estimate, previous = None, 0.0
     for seed in range(STEPS):
-        factors = build(library, seed)
-        estimate = unpack(pack(solver.update(estimate, factors)))
-        inverse = unpack(pack(solver.factorize(estimate, DAMPING)))
+        factors = build(library, seed, columns=1)
+        estimate = stored(solver.update(estimate, factors))
+        inverse = stored(solver.factorize(estimate, DAMPING))
         natural = solver.solve(inverse, mean(factors, scale))
         # The paper's normalisation: O = J / √n, r = 1 / √n, λ.
         J, n = np.asarray(factors.dense().matrix()), factors.normalizer
@@ -86,7 +51,7 @@ def test_steps_are_those_of_the_paper(build, solver, scale, library):
 
 
 def test_minsr_is_woodbury_and_stays_accurate_where_damping_vanishes(library):
-    factors = linear(library, 0)
+    factors = linear(library, 0, columns=1)
     for damping in (0.1, 1e-13):
         inverse = MinSR().factorize(MinSR().update(None, factors), damping)
         J = np.asarray(factors.dense().matrix())
@@ -101,12 +66,17 @@ def test_minsr_is_woodbury_and_stays_accurate_where_damping_vanishes(library):
 
 @pytest.mark.parametrize("solver", [SPRING(), MinSR()], ids=str)
 def test_a_gradient_of_other_rows_is_refused(solver, library):
-    factors = linear(library, 0)
+    factors = linear(library, 0, columns=1)
     inverse = solver.factorize(solver.update(None, factors), DAMPING)
     near = {name: value + 1e-4 for name, value in mean(factors).items()}
     solver.solve(inverse, near)
     reverse = {name: -value for name, value in mean(factors).items()}
-    for other in (mean(linear(library, 1)), reverse, linear(library, 1), mean(factors.rows(library(np.arange(5))))):
+    for other in (
+        mean(linear(library, 1, columns=1)),
+        reverse,
+        linear(library, 1, columns=1),
+        mean(factors.rows(library(np.arange(5)))),
+    ):
         with pytest.raises(ConfigurationError, match=r"Empirical\(\) with refresh=1"):
             solver.solve(inverse, other)
     with pytest.raises(ConfigurationError, match="the gradient has parameters"):

@@ -13,7 +13,7 @@ from curvlib.testing import ConformanceError, check_solver
 
 @pytest.mark.parametrize("solver", [Woodbury(), Dense()])
 def test_the_exact_solvers_pass(solver):
-    assert len(check_solver(solver)["checked"]) == 6
+    assert len(check_solver(solver)["checked"]) == 8
 
 
 @dataclasses.dataclass(frozen=True)

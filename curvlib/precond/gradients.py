@@ -1,0 +1,124 @@
+"""The gradient of a block as a solver takes it: explicit, as fresh rows, or both added up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from curvlib.capture import GradientRows, Taken
+from curvlib.errors import ConfigurationError
+from curvlib.factors import Factors
+from curvlib.fisher import Empirical, Fisher
+from curvlib.layers import Block
+from curvlib.precond.refresh import Refresh
+from curvlib.precond.transforms import Transform
+from curvlib.solvers import Solver
+
+__all__ = ["BlockGradient", "block_gradients", "check_fused", "fresh", "gaining", "shared_rows"]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockGradient:
+    """Gradient of one block.
+
+    Parameters
+    ----------
+    parameters
+        The block's parameters by name.
+    own
+        Autograd's gradients by name, where there are some; a missing one counts as zero.
+    rows
+        The rest of the gradient as fresh rows, where the block hands its gradient over.
+    """
+
+    parameters: Mapping[str, Tensor]
+    own: Mapping[str, Tensor]
+    rows: GradientRows | None = None
+
+    @cached_property
+    def vector(self) -> dict[str, Tensor]:
+        """The whole gradient, explicitly, in the parameters' dtypes."""
+        whole = {name: self.own.get(name) for name in self.parameters}
+        if self.rows is not None:
+            factors = self.rows.factors
+            made = factors.rmatvec(factors.row_weights(self.rows.scale / factors.normalizer))
+            for name, value in made.items():
+                before = whole[name]
+                value = value.to(self.parameters[name].dtype)
+                whole[name] = value if before is None else before + value
+        zeros = {name: p.new_zeros(p.shape) for name, p in self.parameters.items() if whole[name] is None}
+        return {name: zeros[name] if value is None else value for name, value in whole.items()}
+
+
+def shared_rows(taken: Taken) -> tuple[dict[str, Factors], dict[str, GradientRows]]:
+    """Rows of the curvature and of gradients, where one serves both in the form that a solver keeps.
+
+    A solver recognises its own rows in a gradient by identity.
+    """
+    factors, gradients = dict(taken.factors), dict(taken.gradients)
+    for name, rows in gradients.items():
+        if rows.factors is factors.get(name):
+            factors[name] = rows.factors.compact()
+            gradients[name] = replace(rows, factors=factors[name])
+        elif rows.scale != 1:
+            # Cotangents are smaller than a natural gradient.
+            gradients[name] = GradientRows(rows.factors.scaled(rows.scale), 1.0)
+    return factors, gradients
+
+
+def block_gradients(
+    blocks: Sequence[Block], own: Mapping[Tensor, Tensor], rows: Mapping[str, GradientRows]
+) -> dict[str, BlockGradient]:
+    """Gradients of the blocks that have one."""
+    result = {}
+    for block in blocks:
+        given = {name: own[p] for name, p in block.parameters.items() if p in own}
+        if given or block.name in rows:
+            result[block.name] = BlockGradient(block.parameters, given, rows.get(block.name))
+    return result
+
+
+def fresh(fisher: Fisher, refresh: Refresh) -> bool:
+    """Whether every step solves with the rows of its own gradient."""
+    always = all(refresh.due(step) and refresh.inverse_due(step) for step in range(4))
+    return isinstance(fisher, Empirical) and always and refresh.tolerance is None
+
+
+def gaining(
+    blocks: Sequence[Block], solvers: Mapping[str, Solver], factors: Mapping[str, Factors], same: bool
+) -> list[str]:
+    """Names of blocks whose solver gains from the gradient as rows.
+
+    Parameters
+    ----------
+    blocks, solvers
+        All blocks and their solvers.
+    factors
+        Rows as they come.
+    same
+        Whether the gradient's rows are those of the inverse.
+    """
+    return [
+        block.name
+        for block in blocks
+        if block.name in factors and solvers[block.name].gains_from_rows(factors[block.name], same)
+    ]
+
+
+def check_fused(transforms: Sequence[Transform]) -> None:
+    """Refuse transforms that cannot be served without explicit gradients.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming the transform.
+    """
+    for transform in transforms:
+        if transform.on_gradient:
+            raise ConfigurationError(
+                f"{transform} changes the gradient before the curvature, and with fused=True there is no gradient: "
+                "leave out fused=True"
+            )
