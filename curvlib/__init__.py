@@ -13,22 +13,30 @@ from curvlib.errors import (
     CurvatureError,
     CurvatureWarning,
     DataError,
+    FailureWarning,
+    NonFiniteError,
     NotPositiveDefiniteError,
+    RefreshError,
     UncoveredParameterError,
 )
 from curvlib.explanation import explain
-from curvlib.factors import Factors
+from curvlib.factors import Factors, Plan
 from curvlib.fisher import Bernoulli, Categorical, Empirical, Exact, Gaussian, Likelihood, Sampled
 from curvlib.precond import (
+    Callback,
     Constant,
+    CSVWriter,
     Every,
     KLClip,
     Momentum,
     NaturalGradient,
     TENGraD,
+    TensorBoardWriter,
     Transform,
     WeightDecay,
     compose,
+    flat_state,
+    nested_state,
     recipes,
 )
 from curvlib.solvers import Solver, Woodbury
@@ -40,17 +48,23 @@ __all__ = [  # noqa: RUF022  # grouped by seam, in the order in which a gradient
     "arrays", "factors", "layers", "fisher", "solvers", "precond", "func", "testing", "explanation",
     # compose an optimizer
     "compose", "NaturalGradient", "TENGraD", "recipes",
+    # what it saves, for formats of tensors alone
+    "flat_state", "nested_state",
     # which curvature
     "Sampled", "Empirical", "Exact", "Likelihood", "Categorical", "Gaussian", "Bernoulli",
     # how it is inverted
     "Solver", "Woodbury",
     # when, how much, and what happens to the step
     "Every", "Constant", "KLClip", "Momentum", "WeightDecay", "Transform",
+    # by which route, in how much memory
+    "Plan",
+    # what is told of it
+    "Callback", "CSVWriter", "TensorBoardWriter",
     # without an optimizer
     "collect", "Factors",
     # what it does and costs
     "explain",
     # errors
     "CurvatureError", "ConfigurationError", "UncoveredParameterError", "CaptureError", "NotPositiveDefiniteError",
-    "DataError", "CurvatureWarning",
+    "DataError", "RefreshError", "NonFiniteError", "CurvatureWarning", "FailureWarning",
 ]  # fmt: skip

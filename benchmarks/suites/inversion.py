@@ -1,39 +1,106 @@
-"""How long inversion takes, by rows and solver."""
+"""How long inversion takes: the estimate, its factorisation, the solve; of one block, and of a network's at once."""
 
 import torch
 
-from curvlib.factors import OuterProduct
-from curvlib.solvers import Dense, Woodbury
+from curvlib.arrays import cholesky_solve
 
-SOLVERS = {"woodbury": Woodbury(), "dense": Dense()}
+from . import blocks
 
 
-class Linear:
-    """One Linear block, width × width, float32 and float64."""
+class Inversion:
+    """What the three verbs of a solver have in common: everything but the timed call is made in `setup`."""
 
-    params = ([32, 128, 512], [64, 512], ["woodbury", "dense"], ["float32", "float64"])
-    param_names = ("rows", "width", "solver", "dtype")
+    timeout = 120
 
-    def setup(self, rows, width, solver, dtype):
+    def prepare(self, solver, rows, place="torch cpu"):
+        self.place, self.rows, self.solver = place, rows, blocks.solver(solver)
+        self.gradient = blocks.mean_gradient(rows)
+        self.estimate = self.solver.update(None, rows)
+        self.inverse = self.solver.factorize(self.estimate, blocks.DAMPING)
+        self.solver.solve(self.inverse, self.gradient)
+        blocks.synchronize(place)
+
+    def time_update(self, *_):
+        self.solver.update(None, self.rows)
+        blocks.synchronize(self.place)
+
+    def time_factorize(self, *_):
+        self.solver.factorize(self.estimate, blocks.DAMPING)
+        blocks.synchronize(self.place)
+
+    def time_solve(self, *_):
+        self.solver.solve(self.inverse, self.gradient)
+        blocks.synchronize(self.place)
+
+
+class Linear(Inversion):
+    """One Linear block, width × width."""
+
+    params = (["woodbury", "kfac", "ekfac", "skfac", "dense"], [64, 512], [32, 128, 512], ["float32", "float64"])
+    param_names = ("solver", "width", "batch", "dtype")
+
+    def setup(self, solver, width, batch, dtype):
         if solver == "dense" and width > 64:
             raise NotImplementedError("the explicit block would not fit")
-        generator = torch.Generator().manual_seed(0)
-        dtype = getattr(torch, dtype)
-        factors = OuterProduct(
-            torch.randn(rows, width, generator=generator, dtype=dtype),
-            torch.randn(rows, 1, width, generator=generator, dtype=dtype),
-            bias="bias",
-        )
-        self.solver, self.factors = SOLVERS[solver], factors
-        self.gradient = factors.rmatvec(factors.row_weights(1 / rows))
-        self.estimate = self.solver.update(None, factors)
-        self.inverse = self.solver.factorize(self.estimate, 0.1)
+        if solver not in ("woodbury", "kfac") and dtype == "float64":
+            raise NotImplementedError("one precision is enough for these")
+        blocks.pin()
+        self.prepare(solver, blocks.linear(width, batch, dtype))
 
-    def time_update(self, rows, width, solver, dtype):
-        self.solver.update(None, self.factors)
 
-    def time_factorize(self, rows, width, solver, dtype):
-        self.solver.factorize(self.estimate, 0.1)
+class Shared(Inversion):
+    """Layers that use a weight at several positions."""
 
-    def time_solve(self, rows, width, solver, dtype):
-        self.solver.solve(self.inverse, self.gradient)
+    params = (["woodbury", "kfac", "ekfac"], ["sequence", "convolution"], [16, 64], [32], [16, 64])
+    param_names = ("solver", "layer", "width", "batch", "positions")
+
+    def setup(self, solver, layer, width, batch, positions):
+        blocks.pin()
+        self.prepare(solver, blocks.block(layer, width, batch, positions))
+
+
+class Place(Inversion):
+    """The same block on every backend and device."""
+
+    params = (["woodbury", "kfac", "ekfac"], list(blocks.PLACES), [256], [128])
+    param_names = ("solver", "place", "width", "batch")
+
+    def setup(self, solver, place, width, batch):
+        blocks.pin()
+        self.prepare(solver, blocks.linear(width, batch, place=place), place)
+
+
+class Network:
+    """All kernels of a network, batch × batch each: factorised, and solved for one vector each."""
+
+    params = ([32, 64, 128, 256, 512, 1024], [20])
+    param_names = ("batch", "blocks")
+    timeout = 120
+
+    def setup(self, batch, count):
+        blocks.pin()
+        self.solver = blocks.solver("woodbury")
+        self.estimates = [self.solver.update(None, blocks.linear(64, batch)) for _ in range(count)]
+        self.weights = [estimate.factors.row_weights(1.0) for estimate in self.estimates]
+        damping = blocks.DAMPING * torch.eye(batch)
+        self.kernels = torch.stack([estimate.kernel + damping for estimate in self.estimates])
+        self.columns = torch.stack(self.weights)[..., None]
+        self.time_inversion()
+        self.time_lapack()
+
+    def time_inversion(self, *_):
+        inverses = blocks.factorized(self.solver, self.estimates)
+        for inverse, weights in zip(inverses, self.weights, strict=True):
+            cholesky_solve(inverse.factor, weights)
+
+    def time_lapack(self, *_):
+        """Cholesky and triangular solves alone, batched, of matrices that are damped already."""
+        torch.cholesky_solve(self.columns, torch.linalg.cholesky(self.kernels))
+
+    def track_against_lapack(self, *_):
+        """At most 1/0.6 is asked for."""
+        inversion, lapack = blocks.in_turns(self.time_inversion, self.time_lapack)
+        return inversion / lapack
+
+
+Network.track_against_lapack.unit = "ratio"

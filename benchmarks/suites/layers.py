@@ -1,13 +1,12 @@
 """What the rows of one layer cost: the exact fallback against plain `torch.func`, closed forms against the fallback."""
 
-from statistics import median
-from time import perf_counter
-
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from curvlib.layers import Call, adapter_for, fallback
+
+from . import blocks
 
 N = 64
 LAYERS = {
@@ -18,19 +17,6 @@ LAYERS = {
 }
 
 
-def seconds(*functions, rounds=15):
-    """Median time of each, taken in turns, so that both see the same machine."""
-    for function in functions:
-        function()
-    times = [[] for _ in functions]
-    for _ in range(rounds):
-        for function, mine in zip(functions, times, strict=True):
-            begin = perf_counter()
-            function()
-            mine.append(perf_counter() - begin)
-    return [median(mine) for mine in times]
-
-
 class Rows:
     """Per-sample rows of 64 samples and one column, float32."""
 
@@ -39,7 +25,7 @@ class Rows:
     timeout = 120
 
     def setup(self, name):
-        torch.manual_seed(0)
+        blocks.pin()
         build, shape = LAYERS[name]
         self.layer, self.x = build(), torch.randn(N, *shape)
         self.g = torch.randn_like(self.layer(self.x)).detach()
@@ -71,11 +57,11 @@ class Rows:
 
     def track_fallback_to_torch_func(self, name):
         """At most 1.5 is asked for."""
-        mine, plain = seconds(lambda: self.time_fallback(name), lambda: self.time_torch_func(name))
+        mine, plain = blocks.in_turns(lambda: self.time_fallback(name), lambda: self.time_torch_func(name))
         return mine / plain
 
     def track_gram_closed_form_to_fallback(self, name):
-        closed, mine = seconds(lambda: self.time_closed_form_gram(name), lambda: self.time_fallback_gram(name))
+        closed, mine = blocks.in_turns(lambda: self.time_closed_form_gram(name), lambda: self.time_fallback_gram(name))
         return closed / mine
 
 

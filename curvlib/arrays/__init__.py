@@ -1,30 +1,53 @@
 """One array namespace over torch, CuPy and NumPy, and the few kernels that curvature needs beyond it."""
 
+from curvlib.arrays.checks import Deferred, deferred, require
 from curvlib.arrays.indexing import equal_pairs, index_add
-from curvlib.arrays.linalg import add_diagonal, cholesky, cholesky_solve, eigh, is_finite, self_product, trace, widen
-from curvlib.arrays.namespace import Array, Vector, contract, device, dot, namespace, nbytes
-from curvlib.arrays.state import map_arrays, pack, record, unpack
+from curvlib.arrays.linalg import (
+    add_diagonal,
+    cholesky,
+    cholesky_inverse,
+    cholesky_solve,
+    eigh,
+    is_finite,
+    qr,
+    require_finite,
+    self_product,
+    trace,
+    triangular_solve,
+    widen,
+)
+from curvlib.arrays.namespace import Array, Vector, contract, device, dot, kernels, namespace, nbytes
+from curvlib.arrays.state import TRANSIENT, map_arrays, pack, record, unpack
 
 __all__ = [
+    "TRANSIENT",
     "Array",
+    "Deferred",
     "Vector",
     "add_diagonal",
     "cholesky",
+    "cholesky_inverse",
     "cholesky_solve",
     "contract",
+    "deferred",
     "device",
     "dot",
     "eigh",
     "equal_pairs",
     "index_add",
     "is_finite",
+    "kernels",
     "map_arrays",
     "namespace",
     "nbytes",
     "pack",
+    "qr",
     "record",
+    "require",
+    "require_finite",
     "self_product",
     "trace",
+    "triangular_solve",
     "unpack",
     "widen",
 ]

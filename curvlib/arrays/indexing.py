@@ -1,10 +1,12 @@
-"""Gather and scatter by integers beyond the array-API standard, one implementation per library."""
+"""Products with sparse one-hot rows, beyond the array-API standard.
+
+The rows E of a lookup have a single 1 each, at ``index``. ``E W`` is the gather ``W[index]``, ``Eᵀ V`` is `index_add`,
+and ``E Fᵀ`` for other such rows F, the table of which lookups are of the same entry, is `equal_pairs`.
+"""
 
 from __future__ import annotations
 
-import array_api_compat
-
-from curvlib.arrays.namespace import Array, device, namespace
+from curvlib.arrays.namespace import Array, device, kernels, namespace
 
 __all__ = ["equal_pairs", "index_add"]
 
@@ -24,19 +26,13 @@ def index_add(size: int, index: Array, values: Array) -> Array:
     Returns
     -------
     Array
-        Shape ``(size, *rest)``.
+        Shape ``(size, *rest)``. On a GPU the order of additions, and with it the last digit, is not fixed.
     """
-    xp = namespace(values)
-    total = xp.zeros((size, *values.shape[1:]), dtype=values.dtype, device=device(values))
-    if array_api_compat.is_torch_array(values):
-        return total.index_add_(0, index, values)
-    # NumPy and CuPy have an unbuffered add beside the standard.
-    xp.add.at(total, index, values)
-    return total
+    return kernels(values).index_add(size, index, values)
 
 
 def equal_pairs(left: Array, right: Array) -> tuple[Array, Array]:
-    """Positions of all pairs of equal integers in two arrays, by sorting.
+    """Positions of all pairs of equal integers in two arrays, by sorting. Waits for the device, to learn their number.
 
     Parameters
     ----------
@@ -53,13 +49,8 @@ def equal_pairs(left: Array, right: Array) -> tuple[Array, Array]:
     ordered = right[order]
     first = xp.searchsorted(ordered, left, side="left")
     counts = xp.searchsorted(ordered, left, side="right") - first
-    here = _repeat(xp.arange(left.shape[0], device=device(left)), counts)
+    here = kernels(left).positions(counts)
     # Number of each pair among those of its left element.
     start = xp.cumsum(counts, axis=0) - counts
     rank = xp.arange(here.shape[0], device=device(left)) - start[here]
     return here, order[first[here] + rank]
-
-
-def _repeat(array: Array, counts: Array) -> Array:
-    xp = namespace(array)
-    return xp.repeat_interleave(array, counts) if array_api_compat.is_torch_array(array) else xp.repeat(array, counts)

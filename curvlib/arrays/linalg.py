@@ -1,18 +1,28 @@
-"""Linear algebra beyond the array-API standard, one implementation per library."""
+"""Linear algebra beyond the array-API standard: what each library's kernels offer, with one meaning."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import array_api_compat
-
-from curvlib.arrays.namespace import Array, namespace
+from curvlib.arrays.checks import require, waiting
+from curvlib.arrays.namespace import Array, device, kernels, namespace
 from curvlib.errors import NotPositiveDefiniteError
 
-_MIRROR_FROM = 512
-"""Rows from which three products of half the size are faster than one of the whole."""
-
-__all__ = ["add_diagonal", "cholesky", "cholesky_solve", "eigh", "is_finite", "self_product", "trace", "widen"]
+__all__ = [
+    "add_diagonal",
+    "cholesky",
+    "cholesky_inverse",
+    "cholesky_solve",
+    "eigh",
+    "is_finite",
+    "qr",
+    "require_finite",
+    "self_product",
+    "trace",
+    "triangular_solve",
+    "widen",
+]
 
 
 def add_diagonal(matrix: Array, value: Array | float) -> Array:
@@ -26,8 +36,7 @@ def add_diagonal(matrix: Array, value: Array | float) -> Array:
         What is added to each diagonal entry; an array must broadcast against the matrices.
     """
     xp = namespace(matrix)
-    device = array_api_compat.device(matrix)
-    return matrix + value * xp.eye(matrix.shape[-1], dtype=matrix.dtype, device=device)
+    return matrix + value * xp.eye(matrix.shape[-1], dtype=matrix.dtype, device=device(matrix))
 
 
 def cholesky(matrix: Array) -> Array:
@@ -36,23 +45,22 @@ def cholesky(matrix: Array) -> Array:
     Raises
     ------
     NotPositiveDefiniteError
-        If a matrix is not positive definite to working precision, or not finite.
+        If a matrix is not positive definite to working precision, or not finite. Inside `deferred` the error waits, and
+        the factor may be nonsense.
     """
-    if array_api_compat.is_torch_array(matrix):
-        factor, info = namespace(matrix).linalg.cholesky_ex(matrix)
-        failed = bool((info != 0).any())
-    else:
-        library = namespace(matrix)
-        try:
-            factor, failed = library.linalg.cholesky(matrix), False
-        except library.linalg.LinAlgError:
-            factor, failed = matrix, True
-    # LAPACK lets NaN through without a word. One anywhere in a row reaches the diagonal below it.
-    if failed or not is_finite(namespace(factor).linalg.diagonal(factor)):
-        raise NotPositiveDefiniteError(
-            f"the damped curvature of shape {tuple(matrix.shape)} and dtype {matrix.dtype} is not positive definite"
-        )
+    factor, good = kernels(matrix).cholesky(matrix, waiting())
+    if good is not True:
+        require(good, partial(_not_positive_definite, tuple(matrix.shape), matrix.dtype))
     return factor
+
+
+def _not_positive_definite(shape: tuple[int, ...], dtype: Any) -> str:
+    return f"the damped curvature of shape {shape} and dtype {dtype} is not positive definite"
+
+
+def cholesky_inverse(factor: Array) -> Array:
+    """Inverse of L Lᵀ for lower factors L of shape ``(..., n, n)``; a product with it is faster than a solve."""
+    return kernels(factor).cholesky_inverse(factor)
 
 
 def cholesky_solve(factor: Array, rhs: Array) -> Array:
@@ -66,13 +74,25 @@ def cholesky_solve(factor: Array, rhs: Array) -> Array:
         Right-hand sides, shape ``(..., n, k)`` or ``(n,)``.
     """
     if rhs.ndim == 1:
-        return cholesky_solve(factor, rhs[:, None])[:, 0]
-    library: Any = namespace(factor)
-    if array_api_compat.is_torch_array(factor):
-        return library.cholesky_solve(rhs, factor)
-    # NumPy and CuPy have no triangular solve of their own in the array-API part.
-    transposed = library.matrix_transpose(factor)
-    return library.linalg.solve(transposed, library.linalg.solve(factor, rhs))
+        return kernels(factor).cholesky_solve(factor, rhs[:, None])[:, 0]
+    return kernels(factor).cholesky_solve(factor, rhs)
+
+
+def triangular_solve(factor: Array, rhs: Array, transposed: bool = False) -> Array:
+    """Solve ``L x = rhs``, or ``Lᵀ x = rhs``, for a lower triangular L.
+
+    Parameters
+    ----------
+    factor
+        Lower triangular, shape ``(..., n, n)``; what lies above the diagonal is not looked at.
+    rhs
+        Right-hand sides, shape ``(..., n, k)`` or ``(n,)``.
+    transposed
+        Whether Lᵀ takes the place of L.
+    """
+    if rhs.ndim == 1:
+        return kernels(factor).triangular_solve(factor, rhs[:, None], transposed)[:, 0]
+    return kernels(factor).triangular_solve(factor, rhs, transposed)
 
 
 def eigh(matrix: Array) -> tuple[Array, Array]:
@@ -81,30 +101,36 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
     Raises
     ------
     NotPositiveDefiniteError
-        If a matrix is not finite or the iteration does not converge.
+        If a matrix is not finite or the iteration does not converge, not even in float64.
     """
-    xp = namespace(matrix)
-    message = f"no eigendecomposition of the curvature of shape {tuple(matrix.shape)} and dtype {matrix.dtype}"
+    xp, library = namespace(matrix), kernels(matrix)
+    # No routine bears what is not finite, so this cannot wait.
     if not is_finite(matrix):
-        raise NotPositiveDefiniteError(f"{message}: it is not finite")
+        raise NotPositiveDefiniteError(f"{_no_basis(matrix)}: it is not finite")
     try:
-        values, vectors = xp.linalg.eigh(matrix)
-    except Exception as error:  # each library has its own type for an iteration that does not converge
-        raise NotPositiveDefiniteError(f"{message}: {error}") from error
+        values, vectors = library.eigh(matrix)
+    except library.FAILURES:
+        # In single precision divide and conquer may not converge on a factor of low rank, however harmless it is.
+        try:
+            values, vectors = (xp.astype(part, matrix.dtype) for part in library.eigh(widen(matrix)))
+        except library.FAILURES as error:
+            raise NotPositiveDefiniteError(f"{_no_basis(matrix)}: {error}") from error
     # Rounding makes zero eigenvalues slightly negative, which damping should not have to make up for.
     return xp.where(values > 0, values, xp.zeros_like(values)), vectors
 
 
+def _no_basis(matrix: Array) -> str:
+    return f"no eigendecomposition of the curvature of shape {tuple(matrix.shape)} and dtype {matrix.dtype}"
+
+
+def qr(matrix: Array) -> tuple[Array, Array]:
+    """Reduced QR decomposition of matrices of shape ``(..., m, n)``: Q with orthonormal columns, R upper triangular."""
+    return kernels(matrix).qr(matrix)  # type: ignore[no-any-return]  # the kernels are found at run time
+
+
 def self_product(matrix: Array) -> Array:
-    """A Aᵀ for A of shape ``(n, d)``, the blocks above the diagonal mirrored instead of computed where that pays."""
-    n = matrix.shape[0]
-    if n < _MIRROR_FROM:
-        return matrix @ matrix.T
-    half, xp = n // 2, namespace(matrix)
-    top, bottom = matrix[:half], matrix[half:]
-    corner = bottom @ top.T
-    upper = xp.concat([self_product(top), corner.T], axis=1)
-    return xp.concat([upper, xp.concat([corner, self_product(bottom)], axis=1)], axis=0)
+    """A Aᵀ for A of shape ``(n, d)``, each pair of its rows multiplied once where the library can do that faster."""
+    return kernels(matrix).self_product(matrix)
 
 
 def trace(matrix: Array) -> Array:
@@ -116,6 +142,22 @@ def is_finite(array: Array) -> bool:
     """Whether no element is infinite or NaN. Waits for the device that holds the array."""
     xp = namespace(array)
     return bool(xp.all(xp.isfinite(array)))
+
+
+def require_finite(what: str, array: Array) -> None:
+    """Refuse an array with an element that is infinite or NaN; inside `deferred` the refusal waits.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        Saying that `what` is not finite, of which shape and dtype.
+    """
+    xp = namespace(array)
+    require(xp.all(xp.isfinite(array)), partial(_not_finite, what, tuple(array.shape), array.dtype))
+
+
+def _not_finite(what: str, shape: tuple[int, ...], dtype: Any) -> str:
+    return f"the {what} of shape {shape} and dtype {dtype} are not finite"
 
 
 def widen(array: Array) -> Array:

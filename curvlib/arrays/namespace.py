@@ -1,21 +1,26 @@
-"""The array namespace of given arrays, and contractions planned by opt_einsum."""
+"""The array namespace of given arrays, the kernels of their library, and contractions planned by opt_einsum."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from importlib import import_module
 from typing import Any, TypeAlias
 
 import array_api_compat
 import opt_einsum
 
-__all__ = ["Array", "Vector", "contract", "device", "dot", "namespace", "nbytes"]
+__all__ = ["Array", "Vector", "contract", "device", "dot", "kernels", "namespace", "nbytes"]
 
 Array: TypeAlias = Any
 """An array of torch, CuPy or NumPy; which one is decided where the array is made, nowhere else."""
 
 Vector: TypeAlias = Mapping[str, Array]
 """A vector of one block: parameter name to array of that parameter's shape."""
+
+_NAMESPACES: dict[type, Any] = {}
+_KERNELS: dict[type, Any] = {}
+"""What was found for a type of array, as looking it up takes longer than many an operation."""
 
 
 def namespace(*arrays: Array) -> Any:
@@ -26,12 +31,52 @@ def namespace(*arrays: Array) -> Any:
     TypeError
         If the arrays come from different libraries.
     """
-    return array_api_compat.array_namespace(*arrays)
+    kind = type(arrays[0]) if arrays else None
+    for array in arrays[1:]:
+        if type(array) is not kind:
+            return array_api_compat.array_namespace(*arrays)
+    found = _NAMESPACES.get(kind)  # type: ignore[arg-type]  # None is no key
+    if found is None:
+        found = array_api_compat.array_namespace(*arrays)
+        _NAMESPACES[type(arrays[0])] = found
+    return found
+
+
+def kernels(array: Array) -> Any:
+    """Return the module of kernels beyond the standard for the library of `array`.
+
+    They are side by side in `curvlib.arrays.torch_kernels`, `cupy_kernels` and `numpy_kernels`: the same names and
+    meanings, each from its library's own routines.
+
+    Raises
+    ------
+    TypeError
+        If it is no array of torch, CuPy or NumPy.
+    ConfigurationError
+        If a package that the kernels need is missing.
+    """
+    found = _KERNELS.get(type(array))
+    return _load_kernels(array) if found is None else found
+
+
+def _load_kernels(array: Array) -> Any:
+    holds: dict[str, Callable[[Any], bool]] = {
+        "torch": array_api_compat.is_torch_array,
+        "cupy": array_api_compat.is_cupy_array,
+        "numpy": array_api_compat.is_numpy_array,
+    }
+    for library, belongs in holds.items():
+        if belongs(array):
+            module = import_module(f"curvlib.arrays.{library}_kernels")
+            _KERNELS[type(array)] = module
+            return module
+    raise TypeError(f"{type(array).__name__} is no array of torch, CuPy or NumPy")
 
 
 def device(array: Array) -> Any:
     """Return the device that holds `array`, in its library's terms."""
-    return array_api_compat.device(array)
+    # NumPy before 2.0 has no such attribute, and no other device.
+    return getattr(array, "device", "cpu")
 
 
 @lru_cache(maxsize=4096)

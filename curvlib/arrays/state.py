@@ -13,8 +13,12 @@ import array_api_compat
 
 from curvlib.arrays.namespace import Array
 from curvlib.errors import CurvatureError
+from curvlib.hyperparameters import check_fields
 
-__all__ = ["map_arrays", "pack", "record", "unpack"]
+__all__ = ["TRANSIENT", "map_arrays", "pack", "record", "unpack"]
+
+TRANSIENT = {"transient": True}
+"""Metadata of a field that is no state: `pack` leaves it out, and it takes its default when unpacked."""
 
 _KIND = "__kind__"
 _RECORDS: dict[str, type] = {}
@@ -48,7 +52,8 @@ def pack(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [pack(item) for item in value]
     if _name(type(value)) in _RECORDS:
-        fields = {field.name: pack(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        kept = [field.name for field in dataclasses.fields(value) if not field.metadata.get("transient")]
+        fields = {name: pack(getattr(value, name)) for name in kept}
         return {_KIND: _name(type(value)), **fields}
     raise CurvatureError(
         f"state of type {type(value).__name__} cannot be saved: make it a dataclass and decorate it with "
@@ -74,14 +79,36 @@ def unpack(value: Any) -> Any:
                 f"the saved state has the kind {kind!r}, which is unknown here: import what defines it"
             )
         try:
-            return _RECORDS[kind](**fields)
+            made = _RECORDS[kind](**fields)
         except TypeError as error:
             raise CurvatureError(
                 f"the saved state of kind {kind} does not fit this version of curvlib: {error}"
             ) from error
-    if isinstance(value, list):
+        _check_fields(made)
+        return made
+    if isinstance(value, list | tuple):
         return tuple(unpack(item) for item in value)
-    return value
+    if value is None or isinstance(value, bool | int | float | str) or array_api_compat.is_array_api_obj(value):
+        return value
+    raise CurvatureError(f"the saved state holds a value of type {type(value).__name__}, which is no state")
+
+
+def _check_fields(made: Any) -> None:
+    """Refuse a record whose fields hold something else than they are annotated with."""
+    try:
+        check_fields(made)
+    except CurvatureError as error:
+        raise CurvatureError(f"the saved state is damaged: {error}") from error
+    for field in dataclasses.fields(made):
+        # An array is of any type to a type checker, so the words of the annotation have to do.
+        words, value = str(field.type).split(" | "), getattr(made, field.name)
+        values = list(value.values()) if isinstance(value, Mapping) else [value]
+        arrays = all(array_api_compat.is_array_api_obj(one) for one in values)
+        one_of_them = ("None" in words and value is None) or ("float" in words and isinstance(value, float))
+        several = words[0] in ("Vector", "Mapping[str, Array]")
+        wanted = (words[0] == "Array" or several) and not one_of_them
+        if wanted and not (arrays and isinstance(value, Mapping) == several):
+            raise CurvatureError(f"the saved state is damaged: {_name(type(made))} has no array as {field.name}")
 
 
 def map_arrays(function: Callable[[Array], Array], value: Any) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-__all__ = ["ALONE", "MERGED", "likely_axis", "possible_axes", "samples_first", "told_by"]
+__all__ = ["ALONE", "MERGED", "likely_axis", "possible_axes", "samples_first", "spread", "told_by"]
 
 MERGED = -1
 """In place of an axis: samples are the outer part of the first axis."""
@@ -83,3 +83,8 @@ def samples_first(x: Tensor, g: Tensor, samples: int, axis: int) -> tuple[Tensor
     if axis == MERGED:
         return x.unflatten(0, (samples, -1)), g.unflatten(1, (samples, -1))  # type: ignore[no-untyped-call]
     return x.movedim(axis, 0), g.movedim(axis + 1, 1)
+
+
+def spread(tensor: Tensor, samples: int) -> Tensor:
+    """Return a tensor whose first axis of size 1 stands for all samples with one entry a sample, in the same memory."""
+    return tensor.expand(samples, *tensor.shape[1:])

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from curvlib.capture.hooks import Capture, Output
 from curvlib.errors import ConfigurationError, UncoveredParameterError
-from curvlib.factors import Factors
+from curvlib.factors import Factors, Plan
 from curvlib.fisher import Fisher
+from curvlib.hyperparameters import checking
 from curvlib.layers import partition
 
 __all__ = ["collect"]
 
 
+@checking()
 def collect(
     model: nn.Module,
     fisher: Fisher,
@@ -27,6 +29,7 @@ def collect(
     kwargs: Mapping[str, Any] | None = None,
     verify: bool = True,
     rest: str | None = None,
+    plan: Plan | None = None,
 ) -> dict[str, Factors]:
     """Factors of every block of `model` on one batch, without an optimizer.
 
@@ -49,6 +52,8 @@ def collect(
     rest
         ``"fallback"`` for blocks of the bare parameters too, those that modules hold beside other layers, as in
         `partition`; ``"freeze"`` to leave them out. Without it such parameters are an error.
+    plan
+        Which exact routes the Factors take, and a limit on their memory.
 
     Returns
     -------
@@ -75,7 +80,7 @@ def collect(
             "layers. Pass rest='fallback' for blocks of their own, rest='freeze' to leave them out, or register an "
             "adapter for the module that owns them (curvlib.layers.register)"
         )
-    capture = Capture(model, parts.blocks, fisher, output, generator, every_pass=True, check=verify)
+    capture = Capture(model, parts.blocks, fisher, output, generator, every_pass=True, check=verify, plan=plan)
     try:
         with torch.enable_grad():
             result = model(*args, **(kwargs or {}))

@@ -7,17 +7,19 @@ runs, its parameters do not require gradients; whatever else it passes back is a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from curvlib.capture.attached import Hooks
+from curvlib.capture.rows import Pass, joined
 from curvlib.factors import Factors
 from curvlib.layers import Block
 
-__all__ = ["GradientRows", "Taken", "Withholding"]
+__all__ = ["GradientRows", "Taken", "Withholding", "gradient_rows"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,43 @@ class Taken:
     gradients: dict[str, GradientRows]
 
 
+def gradient_rows(
+    passes: Sequence[Pass],
+    handed: Sequence[Mapping[str, Factors]],
+    factors: Mapping[str, Factors],
+    blocks: tuple[Block, ...],
+    observations: int,
+    scale: float,
+) -> dict[str, GradientRows]:
+    """Gradients of blocks as rows, over the passes in which their parameters were kept out of the graph.
+
+    Parameters
+    ----------
+    passes
+        In their order.
+    handed
+        Rows of each pass that are of the loss alone.
+    factors
+        Rows of the curvature. Where they are the loss's own, they are the gradient's too, up to what scaled them.
+    blocks, observations, scale
+        Blocks, observations of all passes, and what the loss's own rows were multiplied by for the curvature.
+    """
+    result = {}
+    parts = [dict(own) for own in handed]
+    for block in blocks:
+        name, use = block.name, block.uses[0]
+        seen = [place for place, one in enumerate(passes) if name in one.factors or name in handed[place]]
+        shared = [place for place in seen if use in passes[place].withheld and name not in handed[place]]
+        if shared and shared == seen:
+            result[name] = GradientRows(factors[name], observations / scale)
+            continue
+        for place in shared:
+            parts[place][name] = passes[place].factors[name].scaled(1 / scale)
+    for name, rows in joined(parts, blocks, observations).items():
+        result[name] = GradientRows(rows, float(observations))
+    return result
+
+
 class Withholding:
     """Hooks that keep the parameters of some modules out of the graph during their calls.
 
@@ -58,7 +97,7 @@ class Withholding:
         self._wanted = wanted
         self._withheld: dict[nn.Module, list[nn.Parameter]] = {}
         self._last: nn.Module | None = None
-        self._handles: list[Any] = []
+        self._hooks = Hooks(self)
 
     def add(self, block: Block) -> None:
         """Treat a block's module so, if it can be."""
@@ -85,22 +124,27 @@ class Withholding:
             return _Root.apply(torch.zeros((), requires_grad=True), [output])  # type: ignore[no-untyped-call]  # in torch
 
         self.names.add(block.name)
-        self._handles += [
-            module.register_forward_pre_hook(begin),
-            # Before the hook that records, and also when the call fails.
-            module.register_forward_hook(end, prepend=True, always_call=True),
-        ]
+        self._hooks.before(module, begin)
+        # Before the hook that records, and also when the call fails.
+        self._hooks.after(module, end, prepend=True, always_call=True)
 
     def just_withheld(self, module: nn.Module) -> bool:
         """Whether the call of `module` that has just ended kept its parameters out."""
         last, self._last = self._last, None
         return last is module
 
+    def restore(self) -> None:
+        """Put parameters back that a call left out of the graph when it was interrupted (Ctrl-C runs no hooks)."""
+        for held in self._withheld.values():
+            for p in held:
+                p.requires_grad_(True)
+        self._withheld.clear()
+        self._last = None
+
     def detach(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.restore()
+        self._hooks.remove()
         self.names.clear()
 
 

@@ -24,19 +24,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from curvlib.capture.handover import GradientRows, Taken, Withholding
-from curvlib.capture.rows import Pass, Place, Record, block_factors, pull_back
+from curvlib.capture.attached import Hooks, Silence, owners
+from curvlib.capture.autocast import without_autocast
+from curvlib.capture.axes import spread
+from curvlib.capture.handover import Taken, Withholding, gradient_rows
+from curvlib.capture.outputs import Output, likelihood_outputs
+from curvlib.capture.rows import Pass, Place, Record, block_factors, joined, pull_back
 from curvlib.capture.verify import verify
-from curvlib.errors import CaptureError
-from curvlib.factors import Factors, cat
+from curvlib.errors import CaptureError, NonFiniteError
+from curvlib.factors import Factors, Plan
 from curvlib.fisher import Empirical, Fisher
 from curvlib.layers import Adapter, Block, Use, adapter_for
-from curvlib.layers.tree import mapped, tensors
+from curvlib.layers.tree import mapped, tensors, wide
 
 __all__ = ["Capture", "Output"]
-
-Output = Callable[[Any], Tensor]
-"""Picks the tensor that the likelihood is about out of what the model returns."""
 
 
 class Capture:
@@ -58,6 +59,10 @@ class Capture:
         Whether forward passes count without a backward pass.
     check
         Whether the first pass checks that rows and gradients agree, for a few more backward passes, once.
+    plan
+        Which exact routes the Factors take; by the cost model if None.
+    before
+        Called before each forward pass that is looked at; it may change what is watched.
     """
 
     def __init__(
@@ -69,11 +74,16 @@ class Capture:
         generator: torch.Generator | None = None,
         every_pass: bool = False,
         check: bool = True,
+        plan: Plan | None = None,
+        before: Callable[[], None] | None = None,
     ) -> None:
         self.blocks = blocks
         self.fisher = fisher
         self.generator = generator
         self.armed = True
+        self.lenient = False  # whether a pass that is not finite is left out instead of refused
+        self.plan = plan or Plan()
+        self.compacting: frozenset[str] = frozenset()  # blocks whose rows are wanted in their compact form
         self._output = output
         self._every_pass = every_pass
         self._unchecked = check
@@ -81,28 +91,65 @@ class Capture:
         self._numbers = itertools.count()
         self._current: Pass | None = None
         self._used: list[Pass] = []
-        self._pulling_back = False
         self._axes: dict[tuple[Use, int], int] = {}
+        self._model = model
+        self._before = before
+        self._check = check
         self._withholding = Withholding(self._hands_over)
         self._paused = False
-        self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        for block in blocks:
+        self._batched = True
+        self._silence = Silence()
+        for other in owners(model):
+            if isinstance(other, Capture):
+                other._silence = self._silence
+        self._root, self._hooks = Hooks(self), Hooks(self)
+        self._root.before(model, self._begin, with_kwargs=True)
+        self._attach()
+
+    def _attach(self) -> None:
+        for block in self.blocks:
             for use in block.uses:
-                self._handles.append(use.module.register_forward_hook(self._recorder(use), with_kwargs=True))
-        for module in model.modules():
+                self._hooks.after(use.module, self._recorder(use), with_kwargs=True)
+        for module in self._model.modules():
             adapter = adapter_for(type(module))
             if adapter is not None and adapter.couples_samples:
-                self._handles.append(module.register_forward_hook(self._coupling(adapter), with_kwargs=True))
+                self._hooks.after(module, self._coupling(adapter), with_kwargs=True)
         # Last, so that it runs after the hook of a root module that is a block itself.
-        self._handles.append(model.register_forward_hook(self._finish))
+        self._hooks.after(self._model, self._finish)
+        self._hooks.after(self._model, self._abandon, always_call=True)
+
+    def watch(self, blocks: tuple[Block, ...]) -> None:
+        """Capture these blocks from now on; passes go on counting for those that stay, the same objects."""
+        staying = [block for block in blocks if any(block is other for other in self.blocks)]
+        handed = self._withholding.names & {block.name for block in staying}
+        self._hooks.remove()
+        self._withholding.detach()
+        self.blocks = blocks
+        self._attach()
+        self.hand_over(handed)
+        self._checked, self._unchecked = 0, self._check
 
     def detach(self) -> None:
         """Remove every hook; the model is as it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._root.remove()
+        self._hooks.remove()
         self._withholding.detach()
         self.clear()
+
+    @property
+    def detached(self) -> bool:
+        """Whether the hooks were removed."""
+        return not self._root
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something was captured and not yet taken."""
+        return bool(self._used)
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether there are blocks whose gradients are taken as rows."""
+        return bool(self._withholding.names)
 
     def hand_over(self, names: Collection[str]) -> None:
         """Take the gradients of these blocks as rows from now on; their parameters' `.grad` stays None.
@@ -125,7 +172,7 @@ class Capture:
 
     def clear(self) -> None:
         """Forget what was captured and not yet taken."""
-        self._current = None
+        self._discard()
         self._used.clear()
 
     def take(self) -> dict[str, Factors]:
@@ -147,39 +194,55 @@ class Capture:
         """Return what `take` returns, and the gradients of the blocks that hand theirs over, as rows."""
         # Backward visits the last pass first; rows are in the order of the forward passes.
         passes, self._used = sorted(self._used, key=lambda one: one.number), []
+        for one in passes:
+            one.keep(self.blocks)
         observations = sum(one.observations for one in passes)
         scale = 1.0
         if isinstance(self.fisher, Empirical):
             armed = [one for one in passes if one.armed]
             scale = self.fisher.scale(observations) if armed else 1.0
             for one in armed:
-                one.factors = {name: rows.scaled(scale) for name, rows in self._factors(one, one.records).items()}
-        factors = _joined([one.factors for one in passes], self.blocks, observations)
-        gradients = {}
-        for name, rows in _joined(
-            [self._factors(one, one.handed) for one in passes], self.blocks, observations
-        ).items():
-            gradients[name] = GradientRows(rows, float(observations))
-        for name in self._withholding.names:
-            # The loss's own rows are its gradient too, up to what scaled them.
-            if self.fisher.needs_backward and name in factors and all(one.armed for one in passes):
-                gradients[name] = GradientRows(factors[name], observations / scale)
+                one.factors = self._factors(one, one.records, scale)
+        factors = joined([one.factors for one in passes], self.blocks, observations)
+        handed = [self._factors(one, one.handed) for one in passes]
+        gradients = gradient_rows(passes, handed, factors, self.blocks, observations, scale)
         return Taken(factors, gradients)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _listening(self) -> bool:
-        return not (self._paused or self._pulling_back) and torch.is_grad_enabled()
+        return not (self._paused or self._silence.on) and torch.is_grad_enabled()
 
     def _hands_over(self) -> bool:
         return self._current is not None and not self._unchecked and self._listening()
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._current = None
+        self._discard()
+        if not self._listening():
+            return
+        if self._before is not None:
+            self._before()
         armed = self.armed
-        if self._listening() and (armed or self._withholding.names):
+        if armed or self._withholding.names:
             sizes = [int(tensor.shape[0]) for tensor in tensors((args, kwargs)) if tensor.ndim]
-            self._current = Pass(next(self._numbers), expected=sizes[0] if sizes else 0, axes=self._axes, armed=armed)
+            self._current = Pass(
+                next(self._numbers),
+                expected=sizes[0] if sizes else 0,
+                armed=armed,
+                axes=self._axes,
+                blocks=self.blocks,
+            )
+
+    def _abandon(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Runs after `_finish`, and instead of it when the forward pass failed."""
+        self._discard()
+
+    def _discard(self) -> None:
+        """Let go of a pass that was begun and not finished."""
+        if self._current is not None:
+            self._current.release()
+            self._current = None
+        self._withholding.restore()
 
     def _recorder(self, use: Use) -> Callable[..., Any]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -198,8 +261,8 @@ class Capture:
             inputs = tensors((args, kwargs))
             if use.adapter.positionwise and all(tensor.shape[:1] == (1,) for tensor in (*inputs, *results)):
                 # One row for all samples (positions, say): broadcast here, so that every sample has its own cotangent.
-                spread = partial(_spread, samples=max(self._current.expected, 1))
-                output, args, kwargs = mapped(spread, (output, args, kwargs))
+                one_each = partial(spread, samples=max(self._current.expected, 1))
+                output, args, kwargs = mapped(one_each, (output, args, kwargs))
                 results = tensors(output)
             args, kwargs = mapped(Tensor.detach, (args, kwargs))
             places = [Place(tensor) if tensor.requires_grad else None for tensor in results]
@@ -223,6 +286,8 @@ class Capture:
                 call.edges.append(None if place is None else place.release())
             if curvature:
                 self._current.records.setdefault(use, []).append(call)
+            if handed:
+                self._current.withheld.add(use)
             if handed and not both:
                 self._current.handed.setdefault(use, []).append(of_loss)
             return output
@@ -241,29 +306,23 @@ class Capture:
         current, self._current = self._current, None
         if current is None or not self._listening():
             return
-        outputs = self._select(output)
+        try:
+            outputs = likelihood_outputs(output, self._output)
+        except BaseException:
+            current.release()
+            raise
         if not outputs.requires_grad:
             return
-        current.observations = self.fisher.observations(outputs)
-        current.settle(int(outputs.shape[0]))
-        self._pulling_back = True
         try:
-            if self._unchecked and current.armed and current.samples > self._checked:
-                verify(self.blocks, current, outputs)
-                # A single sample does not show where samples are; the first batch of more is checked too.
-                self._checked, self._unchecked = 1, current.samples == 1
-            current.couplings.clear()
-            if current.armed and not self.fisher.needs_backward:
-                self._pull_back(current, outputs)
+            with without_autocast(outputs.device):
+                self._complete(current, outputs)
+        except NonFiniteError:
+            if not self.lenient:
+                raise
+            return
         finally:
-            self._pulling_back = False
-        if current.armed and not self.fisher.needs_backward:
-            current.factors = self._factors(current, current.records)
-            current.records.clear()
-        # Tensor hooks do the rest of the work, and an edge would keep the graph alive.
-        for calls in (*current.records.values(), *current.handed.values()):
-            for call in calls:
-                call.edges.clear()
+            # Tensor hooks do the rest of the work.
+            current.release()
         if self._every_pass:
             self._used.append(current)
         else:
@@ -273,34 +332,34 @@ class Capture:
                 if tensor.requires_grad:
                     tensor.register_hook(mark)  # type: ignore[no-untyped-call]  # untyped in torch
 
-    def _select(self, output: Any) -> Tensor:
-        if self._output is not None:
-            output = self._output(output)
-        if not isinstance(output, Tensor):
-            raise CaptureError(
-                f"the model returns {type(output).__name__}, not a tensor: say which tensor the likelihood is about, "
-                "as in output=lambda result: result.logits"
-            )
-        if output.ndim == 0 or output.shape[0] == 0:
-            raise CaptureError(
-                f"the model's output has shape {tuple(output.shape)}: its first axis must be the samples, at least "
-                "one; skip empty batches"
-            )
-        return output
+    def _complete(self, current: Pass, outputs: Tensor) -> None:
+        """Do what can be done before the loss exists: all, unless rows are the loss's own."""
+        current.observations = self.fisher.observations(outputs)
+        current.settle(int(outputs.shape[0]))
+        self._silence.on = True
+        try:
+            if self._unchecked and current.armed and current.samples > self._checked:
+                verify(self.blocks, current, outputs)
+                # A single sample does not show where samples are; the first batch of more is checked too.
+                self._checked, self._unchecked = 1, current.samples == 1
+            if current.armed and not self.fisher.needs_backward:
+                self._pull_back(current, outputs)
+        finally:
+            self._silence.on = False
+        if current.armed and not self.fisher.needs_backward:
+            current.factors = self._factors(current, current.records)
+            current.records.clear()
 
     def _keeper(self, call: Record, index: int) -> Callable[[Tensor], None]:
         def keep(gradient: Tensor) -> None:
-            if not self._pulling_back:
-                before = call.cotangents[index]
-                call.arrived(index, [gradient.detach()])
-                now = call.cotangents[index]
-                call.cotangents[index] = now if before is None or now is None else before + now
+            if not self._silence.on:
+                call.arrived_too(index, gradient.detach())
 
         return keep
 
     def _marker(self, current: Pass) -> Callable[[Tensor], None]:
         def mark(gradient: Tensor) -> None:
-            if not self._pulling_back and not any(one is current for one in self._used):
+            if not self._silence.on and not any(one is current for one in self._used):
                 self._used.append(current)
 
         return mark
@@ -311,33 +370,31 @@ class Capture:
         """Send all columns of output cotangents back to the outputs of every recorded call."""
         if not current.edges():
             return
-        columns = self.fisher.cotangents(outputs.detach(), self.generator)
+        columns = self.fisher.cotangents(wide(outputs.detach()), self.generator).to(outputs.dtype)
         if columns.shape[1:] != outputs.shape:
             raise CaptureError(
                 f"{self.fisher} gave cotangents of shape {tuple(columns.shape)} for outputs of shape "
                 f"{tuple(outputs.shape)}; they need shape (columns, *outputs)"
             )
-        pull_back(current, outputs, columns, batched=True)
+        self._batched = pull_back(current, outputs, columns, self._batched)
 
-    def _factors(self, current: Pass, records: Mapping[Use, list[Record]]) -> dict[str, Factors]:
-        self._pulling_back = True  # the fallback calls modules again, which is no pass
+    def _factors(self, current: Pass, records: Mapping[Use, list[Record]], scale: float = 1.0) -> dict[str, Factors]:
+        made: dict[str, Factors] = {}
+        self._silence.on = True  # the fallback calls modules again, which is no pass
         try:
-            made = {block.name: block_factors(block, current, records) for block in self.blocks} if records else {}
+            for block in self.blocks if records else ():
+                rows = block_factors(block, current, records)
+                if rows is None:
+                    continue
+                rows = rows.planned(self.plan.of(block.name))
+                rows = rows if scale == 1 else rows.scaled(scale)
+                if block.name in self.compacting:
+                    # One block after the other, so that cotangents and explicit rows are not all there at once.
+                    rows = rows.compact()
+                    for use in block.uses:
+                        for call in records.get(use, ()):
+                            call.forget()
+                made[block.name] = rows
         finally:
-            self._pulling_back = False
-        return {name: factors for name, factors in made.items() if factors is not None}
-
-
-def _joined(parts: list[dict[str, Factors]], blocks: tuple[Block, ...], observations: int) -> dict[str, Factors]:
-    """Rows of all passes, one pass after the other, for every block that has some."""
-    joined = {}
-    for block in blocks:
-        rows = [one[block.name] for one in parts if block.name in one]
-        if rows:
-            whole = cat(rows)
-            joined[block.name] = whole if whole.normalizer == observations else whole.with_samples(observations)
-    return joined
-
-
-def _spread(tensor: Tensor, samples: int) -> Tensor:
-    return tensor.expand(samples, *tensor.shape[1:])
+            self._silence.on = False
+        return made

@@ -12,12 +12,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvlib.capture.axes import ALONE, likely_axis, samples_first
 from curvlib.errors import CaptureError, CurvatureError
-from curvlib.factors import Factors
+from curvlib.factors import Factors, cat
 from curvlib.factors.combine import stack_columns
 from curvlib.layers import Block, Call, Use
 from curvlib.layers.tree import mapped, tensors, wide
 
-__all__ = ["Pass", "Place", "Record", "block_factors", "gradients", "pull_back"]
+__all__ = ["Pass", "Place", "Record", "block_factors", "gradients", "joined", "pull_back"]
 
 
 class Place:
@@ -73,6 +73,11 @@ class Record:
             return None
         return inputs[0].shape, self.places[0].shape
 
+    def forget(self) -> None:
+        """Let go of what the rows were made of."""
+        self.args, self.kwargs, self.versions = (), {}, []
+        self.cotangents = [None] * len(self.cotangents)
+
     def arrived(self, index: int, gradients: Sequence[Tensor | None]) -> None:
         """Keep the cotangents of one output from the gradients of all columns."""
         place = self.places[index]
@@ -81,6 +86,13 @@ class Record:
             self.cotangents[index] = columns[0].unsqueeze(0) if len(columns) == 1 else torch.stack(columns)
         else:
             self.cotangents[index] = None
+
+    def arrived_too(self, index: int, gradient: Tensor) -> None:
+        """Add the gradient of one backward pass to what has arrived at an output already."""
+        before = self.cotangents[index]
+        self.arrived(index, [gradient])
+        now = self.cotangents[index]
+        self.cotangents[index] = now if before is None or now is None else before + now
 
 
 @dataclass(eq=False)
@@ -92,11 +104,34 @@ class Pass:
     armed: bool = True  # whether curvature is taken
     records: dict[Use, list[Record]] = field(default_factory=dict)
     handed: dict[Use, list[Record]] = field(default_factory=dict)  # calls whose parameters get their gradient as rows
+    withheld: set[Use] = field(default_factory=set)  # of all of them, those whose parameters were kept out of the graph
     samples: int = 0
     observations: int = 0
     factors: dict[str, Factors] = field(default_factory=dict)
     axes: dict[tuple[Use, int], int] = field(default_factory=dict)  # sample axis of each call, once it was told
     couplings: list[GradientEdge] = field(default_factory=list)  # inputs of modules that couple samples, until checked
+    blocks: tuple[Block, ...] = ()  # what was watched at the time
+
+    def keep(self, blocks: tuple[Block, ...]) -> None:
+        """Let go what is not of these blocks.
+
+        Raises
+        ------
+        CaptureError
+            If it is of parameters that these blocks still hold, in another division.
+        """
+        if self.blocks is blocks:
+            return
+        gone = [block for block in self.blocks if not any(block is other for other in blocks)]
+        still = {id(p) for block in blocks for p in block.parameters.values()}
+        for block in gone:
+            calls = any(use in self.records or use in self.handed for use in block.uses)
+            if (block.name in self.factors or calls) and any(id(p) in still for p in block.parameters.values()):
+                raise CaptureError(
+                    f"block {block.name!r} was frozen or unfrozen in part between the forward passes of one step, so "
+                    "their rows do not belong together: call optimizer.step() or optimizer.zero_grad() before that"
+                )
+            self.factors.pop(block.name, None)
 
     def settle(self, samples: int) -> None:
         """Take the number of samples, and with it find the sample axis of every call by what is known and by sizes."""
@@ -108,6 +143,13 @@ class Pass:
                     call.axis = likely_axis(*shapes, samples, call.positionwise, known)
                     if call.axis is not None and samples > 1:  # one sample fits almost any axis, and proves nothing
                         self.axes.setdefault((use, number), call.axis)
+
+    def release(self) -> None:
+        """Let go of the graph: its hooks hold the records, so that an edge in them would keep it alive for ever."""
+        self.couplings.clear()
+        for calls in (*self.records.values(), *self.handed.values()):
+            for call in calls:
+                call.edges.clear()
 
     def edges(self) -> list[tuple[Record, int, GradientEdge]]:
         """Every recorded output that has a place in the graph."""
@@ -173,7 +215,7 @@ def _rows(block: Block, use: Use, number: int, call: Record, current: Pass) -> F
         with torch.no_grad():
             try:
                 factors = adapter.function(use.module, x, g)
-            except CurvatureError:
+            except (CurvatureError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # the adapter may be anyone's, and the layer a subclass that it does not know
                 kind = type(use.module).__name__
@@ -215,7 +257,18 @@ def _rows(block: Block, use: Use, number: int, call: Record, current: Pass) -> F
     return factors
 
 
-def pull_back(current: Pass, outputs: Tensor, columns: Tensor, batched: bool) -> None:
+def joined(parts: list[dict[str, Factors]], blocks: tuple[Block, ...], observations: int) -> dict[str, Factors]:
+    """Rows of all passes, one pass after the other, for every block that has some."""
+    joined = {}
+    for block in blocks:
+        rows = [one[block.name] for one in parts if block.name in one]
+        if rows:
+            whole = cat(rows)
+            joined[block.name] = whole if whole.normalizer == observations else whole.with_samples(observations)
+    return joined
+
+
+def pull_back(current: Pass, outputs: Tensor, columns: Tensor, batched: bool) -> bool:
     """Send columns of output cotangents back to the outputs of every recorded call.
 
     Parameters
@@ -227,13 +280,30 @@ def pull_back(current: Pass, outputs: Tensor, columns: Tensor, batched: bool) ->
     columns
         Shape ``(columns, *outputs.shape)``.
     batched
-        Whether all columns go back at once, vectorised, or one after the other.
+        Whether to try to send all columns at once, vectorised, rather than one after the other.
+
+    Returns
+    -------
+    bool
+        Whether that may be tried again.
 
     Notes
     -----
     An output without a sample axis is shared by all samples, and what arrives there is their sum. Its cotangents are
     taken one sample at a time: exact, at the price of a backward pass for each.
     """
+    try:
+        _pull_back(current, outputs, columns, batched)
+    except RuntimeError:
+        # A compiled backward, or a function of the user's, may have no vectorised form.
+        if not batched:
+            raise
+        _pull_back(current, outputs, columns, batched=False)
+        return False
+    return batched
+
+
+def _pull_back(current: Pass, outputs: Tensor, columns: Tensor, batched: bool) -> None:
     samples = outputs.shape[0]
     edges = current.edges()
     apart = [place for place in edges if place[0].axis != ALONE]
@@ -246,7 +316,7 @@ def pull_back(current: Pass, outputs: Tensor, columns: Tensor, batched: bool) ->
         eye = torch.eye(samples, dtype=columns.dtype, device=columns.device)
         masks = eye.reshape(samples, samples, *([1] * (outputs.ndim - 1)))
         for column, one in enumerate(columns):
-            found = gradients(outputs, [edge for _, _, edge in alone], masks * one, batched=True)
+            found = gradients(outputs, [edge for _, _, edge in alone], masks * one, batched)
             for (call, index, _), *arrived in zip(alone, *found, strict=True):
                 call.arrived(index, arrived)
                 mine, before = call.cotangents[index], call.alone.get(index)

@@ -1,4 +1,4 @@
-"""The command line: ``curvlib race``, ``curvlib train`` and ``curvlib explain``."""
+"""The command line: ``curvlib race``, ``train``, ``explain`` and ``reproduce``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from curvlib.cli import explain, race_command, train
+from curvlib.cli import explain, race_command, reproduce, train
 from curvlib.errors import CurvatureError
 
 __all__ = ["main"]
 
 # A subcommand is a module with `add_parser(subparsers)` and `run(args) -> int`.
-COMMANDS = (race_command, train, explain)
+COMMANDS = (race_command, train, explain, reproduce)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from curvlib.cli.outputs import write_atomically
+from curvlib.cli.outputs import sync_folder, temporary_beside, write_durably
 from curvlib.errors import DataError
 
-__all__ = ["checkpoint_exists", "load_checkpoint", "save_checkpoint"]
+__all__ = ["checkpoint_exists", "load_checkpoint", "remove_checkpoints", "save_checkpoint"]
 
 # The checksum is in the file, so that one rename publishes both.
 _MAGIC = b"curvlib checkpoint 1\n"
@@ -25,6 +24,9 @@ _PREVIOUS = "checkpoint.previous.pt"
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint; the last good one becomes the backup.
+
+    The new one is whole and on the disk before the last one is touched, so that whenever the process is killed, one of
+    the two is there under its own name or the backup's.
 
     Parameters
     ----------
@@ -42,18 +44,28 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     torch.save(state, buffer)
     payload = buffer.getvalue()
     current = folder / _NAME
-    # A corrupt file must not push out the good one behind it.
-    if current.exists() and _intact(current):
-        try:
+    temporary = temporary_beside(current)
+    try:
+        write_durably(temporary, _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+        # A corrupt file must not push out the good one behind it.
+        if current.exists() and _intact(current):
             os.replace(current, folder / _PREVIOUS)
-        except OSError as error:
-            raise DataError(f"{current} cannot be moved to {_PREVIOUS} ({error.strerror})") from error
-    write_atomically(current, _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+        os.replace(temporary, current)
+        sync_folder(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"{current} cannot be written ({error.strerror}): free space or give another --out") from error
 
 
 def checkpoint_exists(folder: Path) -> bool:
     """Return whether a folder holds a checkpoint or a backup of one."""
     return (folder / _NAME).exists() or (folder / _PREVIOUS).exists()
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove a folder's checkpoint and its backup, of a run that is over."""
+    for name in (_NAME, _PREVIOUS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
@@ -118,7 +130,7 @@ def _read(path: Path) -> dict[str, Any]:
     payload = _payload(path)
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a crafted payload makes the unpickler fail in any way, but runs nothing
         raise DataError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict):
         raise DataError(f"{path} does not hold a training state")

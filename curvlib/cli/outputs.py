@@ -8,7 +8,15 @@ from pathlib import Path
 
 from curvlib.errors import DataError
 
-__all__ = ["prepare_folder", "write_atomically", "write_text"]
+__all__ = [
+    "prepare_folder",
+    "remove_leftovers",
+    "sync_folder",
+    "temporary_beside",
+    "write_atomically",
+    "write_durably",
+    "write_text",
+]
 
 
 def prepare_folder(path: Path) -> Path:
@@ -38,17 +46,33 @@ def write_atomically(path: Path, content: bytes) -> None:
     DataError
         If the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(temporary, content)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise DataError(f"{path} cannot be written ({error.strerror}): free space or give another --out") from error
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return the name under which a file is written before it gets its own."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process was writing in a folder that is this process's alone."""
+    for left in folder.glob(".*.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and wait until its content is on the disk; its name may not be yet (`sync_folder`)."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, content: str) -> None:
@@ -56,8 +80,8 @@ def write_text(path: Path, content: str) -> None:
     write_atomically(path, content.encode())
 
 
-def _sync_folder(folder: Path) -> None:
-    # Without this the new name itself can be lost with the power; systems without folder handles sync it on their own.
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk; systems without folder handles do that on their own."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

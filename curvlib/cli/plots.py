@@ -1,4 +1,4 @@
-"""The race's curves as PNG files."""
+"""Training curves as PNG files."""
 
 from __future__ import annotations
 
@@ -6,22 +6,34 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from curvlib.cli.evaluation import Evaluation
 from curvlib.cli.outputs import write_atomically
-from curvlib.cli.race import Entrant
 from curvlib.errors import ConfigurationError
 
-__all__ = ["require_matplotlib", "write_plots"]
+__all__ = ["Drawn", "require_matplotlib", "write_plots"]
 
 _LABELS = {
     "seconds": "training time in seconds",
     "step": "training steps",
+    "epoch": "epochs",
     "train_loss": "training loss",
     "test_accuracy": "test accuracy",
     "test_loss": "test loss",
 }
+
+
+class Drawn(Protocol):
+    """What has a curve and the name of an optimizer; those of one name have one colour."""
+
+    @property
+    def name(self) -> str:
+        """Name in the legend."""
+
+    @property
+    def curve(self) -> Sequence[Evaluation]:
+        """Evaluations in their order."""
 
 
 def require_matplotlib() -> None:
@@ -35,21 +47,40 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigurationError("the race's plots need matplotlib: pip install 'curvlib[race]'") from error
+        raise ConfigurationError("plots need matplotlib: pip install 'curvlib[race]'") from error
 
 
-def write_plots(folder: Path, entrants: Sequence[Entrant], title: str, reconstructs: bool) -> list[str]:
-    """Draw the curves and return the names of the files."""
+def write_plots(
+    folder: Path, entrants: Sequence[Drawn], title: str, reconstructs: bool, epoch_steps: int | None = None
+) -> list[str]:
+    """Draw the curves and return the names of the files.
+
+    Parameters
+    ----------
+    folder
+        Where to put them.
+    entrants
+        Whose curves are drawn.
+    title
+        Title of each plot.
+    reconstructs
+        Whether there is a test loss to show instead of an accuracy.
+    epoch_steps
+        Steps in an epoch, for curves against epochs instead of steps.
+    """
     quality = "test_loss" if reconstructs else "test_accuracy"
+    panels = [("train_loss", "seconds"), ("train_loss", "epoch" if epoch_steps else "step"), (quality, "seconds")]
+    if epoch_steps:
+        panels.append((quality, "epoch"))
     names = []
-    for y, x in (("train_loss", "seconds"), ("train_loss", "step"), (quality, "seconds")):
+    for y, x in panels:
         name = f"{y}_{x}.png"
-        write_atomically(folder / name, _draw(entrants, x, y, title))
+        write_atomically(folder / name, _draw(entrants, x, y, title, epoch_steps or 1))
         names.append(name)
     return names
 
 
-def _draw(entrants: Sequence[Entrant], x: str, y: str, title: str) -> bytes:
+def _draw(entrants: Sequence[Drawn], x: str, y: str, title: str, epoch_steps: int) -> bytes:
     # A canvas of its own instead of pyplot, whose current figure and backend are global.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -65,7 +96,8 @@ def _draw(entrants: Sequence[Entrant], x: str, y: str, title: str) -> bytes:
         colour = colours.setdefault(entrant.name, f"C{len(colours) % 10}")
         values = [_value(point, y) for point in points]
         smallest = min([smallest, *values])
-        axes.plot([_value(point, x) for point in points], values, color=colour, label=label, marker=".", linewidth=1.2)
+        places = [point.step / epoch_steps if x == "epoch" else _value(point, x) for point in points]
+        axes.plot(places, values, color=colour, label=label, marker=".", linewidth=1.2)
     if y.endswith("loss") and smallest > 0:
         axes.set_yscale("log")
     axes.set(xlabel=_LABELS[x], ylabel=_LABELS[y], title=title)

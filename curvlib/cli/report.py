@@ -20,7 +20,7 @@ from curvlib.cli.summary import Row, Table, failures, result_table, target_table
 from curvlib.cli.targets import Target
 from curvlib.cli.tasks import Task
 
-__all__ = ["write_outputs"]
+__all__ = ["csv_text", "markdown", "write_outputs"]
 
 
 def write_outputs(
@@ -58,7 +58,7 @@ def _curves(entrants: Sequence[Entrant]) -> str:
         for entrant in entrants
         for point in entrant.curve
     ]
-    return _csv(["optimizer", "seed", *names], lines)
+    return csv_text(["optimizer", "seed", *names], lines)
 
 
 def _summary(rows: Sequence[Row], targets: Sequence[Target]) -> str:
@@ -69,7 +69,7 @@ def _summary(rows: Sequence[Row], targets: Sequence[Target]) -> str:
         values = asdict(row)
         times = ["" if time is None else _number(time) for time in row.to_targets]
         lines.append([*(_number(values[name]) for name in names), *times])
-    return _csv(header, lines)
+    return csv_text(header, lines)
 
 
 def _number(value: object) -> object:
@@ -78,7 +78,8 @@ def _number(value: object) -> object:
     return value
 
 
-def _csv(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
+def csv_text(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
+    """Return lines as CSV."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
@@ -103,9 +104,9 @@ def _report(
     if dataset.note:
         parts.append(f"**Other data than usual**: {dataset.note}")
     if rows:
-        parts.append(_markdown(result_table(rows, task.reconstructs)))
+        parts.append(markdown(result_table(rows, task.reconstructs)))
         if targets:
-            parts.append(_markdown(target_table(rows, targets)))
+            parts.append(markdown(target_table(rows, targets)))
         parts += [f"- {failure}" for failure in failures(rows)]
     else:
         parts.append("Nothing was measured.")
@@ -166,7 +167,8 @@ def _hyperparameters(contestants: Mapping[str, Mapping[str, Value]]) -> str:
     return "\n".join(lines)
 
 
-def _markdown(table: Table) -> str:
+def markdown(table: Table) -> str:
+    """Return a table as Markdown, numbers to the right."""
     header, cells = table
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

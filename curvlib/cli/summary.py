@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from curvlib.cli.race import Entrant
 from curvlib.cli.targets import Target, seconds_to
 
-__all__ = ["Row", "Table", "failures", "result_table", "summarize", "target_table"]
+__all__ = ["Row", "Table", "failures", "result_table", "spread", "summarize", "target_table", "time_to"]
 
 Table = tuple[list[str], list[list[str]]]
 """The column names and the rows of cells."""
@@ -84,11 +84,11 @@ def result_table(rows: Sequence[Row], reconstructs: bool) -> Table:
         cells.append(
             [
                 own[0].optimizer,
-                _spread([float(row.steps) for row in own], 0),
-                _spread([row.milliseconds for row in own], 2),
-                _spread([row.ratio for row in own], 2),
-                _spread([row.train_loss for row in own], 4),
-                _spread(final, 2 if reconstructs else 4),
+                spread([float(row.steps) for row in own], 0),
+                spread([row.milliseconds for row in own], 2),
+                spread([row.ratio for row in own], 2),
+                spread([row.train_loss for row in own], 4),
+                spread(final, 2 if reconstructs else 4),
                 ", ".join(dict.fromkeys(row.status.partition(" ")[0] for row in own)),
             ]
         )
@@ -100,7 +100,7 @@ def target_table(rows: Sequence[Row], targets: Sequence[Target]) -> Table:
     cells = []
     for own in _by_optimizer(rows):
         times = zip(*(row.to_targets for row in own), strict=True)
-        cells.append([own[0].optimizer, *(_time(column) for column in times)])
+        cells.append([own[0].optimizer, *(time_to(column) for column in times)])
     return ["seconds to", *map(str, targets)], cells
 
 
@@ -122,16 +122,18 @@ def _milliseconds(entrant: Entrant) -> float:
     return entrant.seconds / entrant.steps * 1000 if entrant.steps else math.nan
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
+    """Return the mean, with the standard deviation if there are several values; a dash if one is NaN."""
     if any(math.isnan(value) for value in values):
         return "-"
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def _time(values: Sequence[float | None]) -> str:
+def time_to(values: Sequence[float | None]) -> str:
+    """Return the mean of the times to a target over those seeds that reached it, and how many they are."""
     reached = [value for value in values if value is not None]
     if not reached:
         return "not reached"
-    text = _spread(reached, 1)
+    text = spread(reached, 1)
     return text if len(reached) == len(values) else f"{text} ({len(reached)} of {len(values)} seeds)"

@@ -33,6 +33,8 @@ class Task:
         Where the tensors are and the network goes.
     augment
         Whether training images are shifted and mirrored at random.
+    width
+        Factor on the widths of the network's hidden layers.
     """
 
     dataset: Dataset
@@ -44,6 +46,7 @@ class Task:
     reconstructs: bool
     device: torch.device
     augment: bool = False
+    width: float = 1.0
 
     @property
     def likelihood(self) -> str:
@@ -54,7 +57,7 @@ class Task:
         """Return a new network whose initial parameters depend on the seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = MODELS[self.model_name](self.dataset.shape, self.dataset.classes)
+            network = MODELS[self.model_name](self.dataset.shape, self.dataset.classes, self.width)
         return network.to(self.device)
 
     def batches(self, batch_size: int, seed: int) -> Batches:
@@ -69,7 +72,9 @@ class Task:
         return nn.functional.cross_entropy(outputs, targets)
 
 
-def make_task(dataset: Dataset, model_name: str, device: torch.device, *, augment: bool | None = None) -> Task:
+def make_task(
+    dataset: Dataset, model_name: str, device: torch.device, *, augment: bool | None = None, width: float = 1.0
+) -> Task:
     """Put a data set on a device for a network.
 
     Parameters
@@ -82,6 +87,8 @@ def make_task(dataset: Dataset, model_name: str, device: torch.device, *, augmen
         Where to put the tensors.
     augment
         Whether to shift and mirror training images; by default for colour images that are to be classified.
+    width
+        Factor on the widths of the network's hidden layers.
     """
     if model_name not in MODELS:
         raise ConfigurationError(f"unknown model {model_name!r}: choose one of {', '.join(MODELS)}")
@@ -94,7 +101,7 @@ def make_task(dataset: Dataset, model_name: str, device: torch.device, *, augmen
         if augment:
             raise ConfigurationError("an autoencoder's targets are the images as they are: leave out --augment")
         targets = [pixels.flatten(1) for pixels in (train, test)]
-        return Task(dataset, model_name, train, targets[0], test, targets[1], True, device)
+        return Task(dataset, model_name, train, targets[0], test, targets[1], True, device, width=width)
     # One channel's mean and deviation over the training set, for both parts.
     deviation, mean = torch.std_mean(train, dim=(0, 2, 3), keepdim=True)
     deviation = deviation.clamp_min(1e-6)
@@ -106,5 +113,14 @@ def make_task(dataset: Dataset, model_name: str, device: torch.device, *, augmen
     ]
     colour = dataset.shape[0] == 3
     return Task(
-        dataset, model_name, train, labels[0], test, labels[1], False, device, colour if augment is None else augment
+        dataset,
+        model_name,
+        train,
+        labels[0],
+        test,
+        labels[1],
+        False,
+        device,
+        augment=colour if augment is None else augment,
+        width=width,
     )

@@ -21,7 +21,7 @@ from curvlib.cli.evaluation import Evaluation
 from curvlib.cli.interruption import StopOnInterrupt
 from curvlib.cli.models import MODELS
 from curvlib.cli.options import add_override_options, add_task_options, count, positive, read_overrides, task_from
-from curvlib.cli.outputs import prepare_folder, write_text
+from curvlib.cli.outputs import prepare_folder, remove_leftovers, write_text
 from curvlib.cli.trainer import RunIdentity, Trainer
 from curvlib.cli.training import DivergenceError
 from curvlib.errors import ConfigurationError
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace, console: Console | None = None) -> int:
     folder = prepare_folder(args.out)
     if checkpoint_exists(folder) and not args.resume:
         raise ConfigurationError(f"{folder} holds a checkpoint: go on from it with --resume, or give another --out")
+    if args.resume:
+        remove_leftovers(folder)
     state, warning = load_checkpoint(folder) if args.resume else (None, "")
     if warning:
         console.print(f"Note: {warning}", soft_wrap=True, style="yellow", markup=False)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
 
 from curvlib.cli.contestants import Value, build_optimizer
 from curvlib.cli.evaluation import Evaluation, evaluate
 from curvlib.cli.tasks import Task
 from curvlib.cli.training import random_state, seeded_random_state, set_random_state, synchronize, training_step
-from curvlib.errors import ConfigurationError
+from curvlib.errors import ConfigurationError, DataError
 
 __all__ = ["RunIdentity", "Trainer"]
 
@@ -62,15 +66,21 @@ class Trainer:
         Optimizer, hyperparameters, batch size and seed.
     evaluation_samples
         How many training and test samples an evaluation uses.
+    build
+        From the network to its optimizer; by default the contestant that the identity names.
     """
 
-    def __init__(self, task: Task, identity: RunIdentity, evaluation_samples: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        identity: RunIdentity,
+        evaluation_samples: int,
+        build: Callable[[nn.Module], Optimizer] | None = None,
+    ) -> None:
         self.task = task
         self.identity = identity
         self.model = task.model(identity.seed)
-        self.optimizer = build_optimizer(
-            identity.optimizer, self.model, task.likelihood, identity.hyperparameters, identity.seed
-        )
+        self.optimizer = (build or self._contestant)(self.model)
         self.batches = task.batches(identity.batch_size, identity.seed)
         self.steps = 0
         self.seconds = 0.0
@@ -122,16 +132,39 @@ class Trainer:
         ------
         ConfigurationError
             If the state belongs to another run.
+        DataError
+            If it is no state of a run; everything is then as it was.
         """
-        self.identity.require_equal(state.get("identity", {}))
+        identity = state.get("identity")
+        before, belongs = copy.deepcopy(self.state_dict()), False
+        try:
+            self.identity.require_equal(identity if isinstance(identity, Mapping) else {})
+            belongs = True
+            self._load(state)
+        except Exception as error:
+            if isinstance(error, ConfigurationError) and not belongs:
+                raise
+            self._load(before)
+            raise DataError(
+                f"the checkpoint does not hold this run's state ({type(error).__name__}: {error}): start anew with "
+                "another --out, or go on with the version of curvlib that wrote it"
+            ) from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        steps, seconds = state["steps"], state["seconds"]
+        if not (isinstance(steps, int) and isinstance(seconds, float) and steps >= 0 and seconds >= 0):
+            raise ValueError(f"steps are {steps!r}, seconds {seconds!r}")
+        history = [Evaluation(**point) for point in state["history"]]
+        best = None if state["best"] is None else Evaluation(**state["best"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.load_state_dict(state["batches"])
-        self.steps = state["steps"]
-        self.seconds = state["seconds"]
-        self.history = [Evaluation(**point) for point in state["history"]]
-        self.best = None if state["best"] is None else Evaluation(**state["best"])
+        self.steps, self.seconds, self.history, self.best = steps, seconds, history, best
         set_random_state(state["random"], self.task.device)
+
+    def _contestant(self, model: nn.Module) -> Optimizer:
+        own = self.identity
+        return build_optimizer(own.optimizer, model, self.task.likelihood, own.hyperparameters, own.seed)
 
     def _quality(self, point: Evaluation) -> float:
         return -point.test_loss if self.task.reconstructs else point.test_accuracy

@@ -14,7 +14,8 @@ from curvlib.explanation.table import Explanation, ParameterRow
 from curvlib.fisher import Fisher, Sampled
 from curvlib.layers import Block, partition
 from curvlib.precond import NaturalGradient
-from curvlib.precond.compose import choose_solvers
+from curvlib.precond.backends import plain
+from curvlib.precond.division import choose_solvers
 from curvlib.precond.rest import REST
 from curvlib.solvers import Solver, Woodbury
 
@@ -86,8 +87,9 @@ def explain(
         if not (fisher is None and solver is None and rest is None and output is None):
             raise ConfigurationError("an optimizer has its own fisher, solver, rest and output: leave these out")
         with model._capture.paused():
-            request = Request(model.model, inputs, kwargs or {}, model.fisher, model.output, loss)
-            return _explained(request, model._blocks, model.solvers, model.rest, damping)
+            request = Request(model.model, inputs, kwargs or {}, model.fisher, model.output, loss, model.plan)
+            solvers = {block: plain(solver) for block, solver in model.solvers.items()}
+            return _explained(request, model._blocks, solvers, model.rest, damping)
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"explain takes a torch.nn.Module or a curvlib optimizer, got {type(model).__name__}")
     if rest is not None and rest not in REST:
@@ -144,6 +146,7 @@ def _block_rows(block: Block, solver: Solver, cost: BlockCost, names: Mapping[in
             why="; ".join(reason for reason in reasons if reason),
             rows=cost.rows,
             factors=cost.factors,
+            route=cost.route,
             kept=cost.kept,
             **{one: parts[index] for one, parts in shares.items()},
         )

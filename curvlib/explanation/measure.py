@@ -16,7 +16,7 @@ from curvlib.capture import Capture, Output
 from curvlib.errors import CurvatureError
 from curvlib.explanation.counting import CountFlops
 from curvlib.explanation.watch import Watch
-from curvlib.factors import Factors
+from curvlib.factors import Factors, Plan, Scaled
 from curvlib.fisher import Fisher
 from curvlib.layers import Block
 from curvlib.solvers import Solver
@@ -34,6 +34,8 @@ class BlockCost:
         Rows of J.
     factors, kept
         Kind of Factors captured; what the solver keeps of them.
+    route
+        Which of several exact ways the Factors take, where there are several.
     factor_bytes, inverse_bytes, kept_bytes
         Arrays of the captured Factors; of the solver's inverse; of estimate and inverse, shared ones once.
     capture_flops, refresh_flops, step_flops
@@ -46,6 +48,7 @@ class BlockCost:
 
     rows: int = 0
     factors: str = ""
+    route: str = ""
     kept: str = ""
     factor_bytes: int = 0
     inverse_bytes: int = 0
@@ -65,7 +68,7 @@ class Request:
     ----------
     model, args, kwargs
         What is called, with what.
-    fisher, output, loss
+    fisher, output, loss, plan
         As for `curvlib.collect`.
     """
 
@@ -75,12 +78,15 @@ class Request:
     fisher: Fisher
     output: Output | None
     loss: Callable[[Any], Tensor] | None
+    plan: Plan | None = None
 
     def collect(self, blocks: tuple[Block, ...], verify: bool) -> dict[str, Factors]:
         """Factors of the blocks; the model's buffers and torch's random state are as before."""
         generator = torch.Generator(device=next(self.model.parameters()).device).manual_seed(0)
         with _unchanged(self.model):
-            capture = Capture(self.model, blocks, self.fisher, self.output, generator, every_pass=True, check=verify)
+            capture = Capture(
+                self.model, blocks, self.fisher, self.output, generator, every_pass=True, check=verify, plan=self.plan
+            )
             try:
                 result = self.model(*self.args, **self.kwargs)
                 if self.fisher.needs_backward:
@@ -153,7 +159,8 @@ def _collected(
 
 
 def _use(solver: Solver, rows: Factors, block: Block, damping: float, cost: BlockCost, counter: CountFlops) -> None:
-    cost.rows, cost.factors, cost.factor_bytes = len(rows), type(rows).__name__, rows.nbytes
+    cost.rows, cost.factors, cost.factor_bytes = len(rows), _kind(rows), rows.nbytes
+    cost.route = rows.route
     like = rows.row_weights(1.0)
     gradient = {name: torch.ones(shape).to(like) for name, shape in rows.shapes.items()}
     start = counter.total
@@ -170,6 +177,10 @@ def _use(solver: Solver, rows: Factors, block: Block, damping: float, cost: Bloc
     cost.inverse_bytes = _bytes(inverse)
     cost.kept_bytes = _bytes((estimate, inverse))
     cost.kept = ", ".join(dict.fromkeys(_kinds((estimate, inverse)))) or type(inverse).__name__
+
+
+def _kind(rows: Factors) -> str:
+    return type(rows.base if isinstance(rows, Scaled) else rows).__name__
 
 
 def label(part: Any) -> str:
@@ -196,7 +207,7 @@ def _bytes(state: Any) -> int:
 def _kinds(state: Any) -> Iterator[str]:
     """Kinds of the Factors in a state."""
     if isinstance(state, Factors):
-        yield type(state).__name__
+        yield _kind(state)
     elif dataclasses.is_dataclass(state):
         for one in dataclasses.fields(state):
             yield from _kinds(getattr(state, one.name))

@@ -44,6 +44,8 @@ class ParameterRow:
         Rows of the block's Jacobian.
     factors, kept
         Kind of Factors captured, and what the solver keeps.
+    route
+        Which of several exact ways the Factors take (`curvlib.factors.Plan`), "" where there is one only.
     factor_bytes, inverse_bytes, kept_bytes
         Bytes of the captured Factors, of the inverse, and of estimate and inverse together (what they share once):
         the block's, split among its parameters by size.
@@ -62,6 +64,7 @@ class ParameterRow:
     why: str
     rows: int = 0
     factors: str = ""
+    route: str = ""
     kept: str = ""
     factor_bytes: int = 0
     inverse_bytes: int = 0
@@ -147,6 +150,11 @@ class Explanation:
         table.add_section()
         table.add_row(*(Text(cell) for cell in self._total_cells(totals)))
         lines = [Text(f"[{number}] {why} ({', '.join(of)})") for number, (why, of) in enumerate(notes.items(), start=1)]
+        routes: dict[str, list[str]] = {}
+        for row in self.parameters:
+            if row.route and row.block not in routes.setdefault(row.route, []):
+                routes[row.route].append(row.block)
+        lines += [Text(f"Route of {', '.join(blocks)}: {route}") for route, blocks in routes.items()]
         lines.append(
             Text(
                 f"Kept between refreshes: {_bytes(totals['kept_bytes'])}. Bytes and FLOPs are those of the block, "

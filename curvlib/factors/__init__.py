@@ -7,6 +7,7 @@ from curvlib.factors.kronecker import KroneckerLayout, KroneckerPair, KroneckerR
 from curvlib.factors.lowrank import LowRank
 from curvlib.factors.onehot import OneHotOuter
 from curvlib.factors.outer import OuterProduct
+from curvlib.factors.plan import Plan, Route
 from curvlib.factors.scaled import Scaled
 from curvlib.factors.shared import SharedOuter
 
@@ -19,6 +20,8 @@ __all__ = [
     "LowRank",
     "OneHotOuter",
     "OuterProduct",
+    "Plan",
+    "Route",
     "Scaled",
     "SharedOuter",
     "Sharing",

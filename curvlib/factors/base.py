@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import Self
 
-from curvlib.arrays import Array, Vector, map_arrays, namespace, nbytes, record
+from curvlib.arrays import Array, Vector, map_arrays, nbytes, record
 from curvlib.errors import ConfigurationError
-from curvlib.factors.kronecker import KroneckerPair, KroneckerRows
+from curvlib.factors.kronecker import KroneckerLayout, KroneckerPair, KroneckerRows, rotated_row_squares
 
 if TYPE_CHECKING:
     from curvlib.factors.dense import Dense
+    from curvlib.factors.plan import BlockPlan
 
 __all__ = ["Factors", "Sharing"]
 
@@ -141,8 +142,19 @@ class Factors(ABC):
         )
 
     def kronecker(self, sharing: Sharing = "expand") -> KroneckerPair:
-        """Kronecker factors of JᵀJ; raises where `kronecker_rows` does."""
+        """Kronecker factors of JᵀJ, from the rows of `kronecker_rows` or cheaper; raises where that does."""
         return self.kronecker_rows(sharing).pair()
+
+    def kronecker_means(self) -> tuple[Array, Array, KroneckerLayout]:
+        """Mean input row, sum of cotangent rows, and their layout; raises where `kronecker_rows` does.
+
+        Returns
+        -------
+        tuple
+            Shape ``(groups, d_in)``, without the 1 of a bias; shape ``(groups, d_out)``; how they relate to parameters.
+        """
+        apart = self.kronecker_rows()
+        return apart.inputs.sum(axis=1) / apart.inputs.shape[1], apart.cotangents.sum(axis=1), apart.layout
 
     def rotated_squares(self, inputs: Array, cotangents: Array) -> Array:
         """Sum over rows of the squares of ``Q_Gᵀ [W, b] Q_A``: the second moments in a Kronecker eigenbasis.
@@ -163,8 +175,18 @@ class Factors(ABC):
             As `kronecker_rows`.
         """
         layout = self.kronecker_rows().layout
-        rotated = namespace(inputs).matrix_transpose(cotangents) @ layout.matrix(self.dense().values) @ inputs
-        return (rotated * rotated).sum(axis=0)
+        return rotated_row_squares(layout.matrix(self.dense().values), inputs, cotangents)
+
+    # -- routes -------------------------------------------------------------------------------------------------------
+
+    @property
+    def route(self) -> str:
+        """How the Gram is formed and what would be kept, in a few words; empty where there is one way only."""
+        return ""
+
+    def planned(self, plan: BlockPlan) -> Factors:
+        """Return the same rows, which will ask `plan` for their routes."""
+        return self
 
     # -- new Factors from old -----------------------------------------------------------------------------------------
 

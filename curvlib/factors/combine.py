@@ -10,6 +10,7 @@ from curvlib.arrays import Array, Vector, namespace
 from curvlib.errors import ConfigurationError
 from curvlib.factors.base import Factors, joint_samples
 from curvlib.factors.dense import Dense
+from curvlib.factors.plan import BlockPlan
 
 __all__ = ["Sum", "cat"]
 
@@ -158,6 +159,13 @@ class Sum(Factors):
     def restricted(self, names: Collection[str]) -> Factors:
         kept = [term.restricted(term.shapes.keys() & names) for term in self.terms if term.shapes.keys() & names]
         return Sum(tuple(kept), samples=self.samples)
+
+    @property
+    def route(self) -> str:
+        return "; ".join(dict.fromkeys(term.route for term in self.terms if term.route))
+
+    def planned(self, plan: BlockPlan) -> Sum:
+        return dataclasses.replace(self, terms=tuple(term.planned(plan) for term in self.terms))
 
     def renamed(self, names: Mapping[str, str]) -> Sum:
         return dataclasses.replace(self, terms=tuple(term.renamed(names) for term in self.terms))

@@ -9,19 +9,32 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
+    "PositionsFirst",
     "Sizes",
     "chunk",
     "grouped_gradient_pays",
+    "lines_beat_patches",
     "list_chunk",
     "pairs_beat_rows",
     "pairs_worth_a_table",
+    "rotates_positions",
     "rows_are_cheaper_to_keep",
+    "sample_chunk",
     "table_chunk",
     "table_is_cheaper_to_keep",
 ]
 
 _PASS = 16
 """Multiply-adds that take as long as reading or writing one element."""
+
+_SMALL = 24
+"""What the width of a matrix is short of for products at full speed."""
+
+_UNFOLD = 80
+"""Multiply-adds that take as long as one element of a patch in an order that its images are not in."""
+
+_CALL = 1 << 20
+"""Multiply-adds that take as long as handing over a small product."""
 
 _TEMPORARY = 1 << 24
 """Elements that a temporary may hold before work is split into chunks (64 MiB in float32)."""
@@ -44,6 +57,11 @@ class Sizes(NamedTuple):
     def rows(self) -> int:
         """Rows of J."""
         return self.n * self.columns
+
+    @property
+    def row_size(self) -> int:
+        """Elements of the explicit rows of one sample."""
+        return self.columns * self.groups * self.d_in * self.d_out
 
     @property
     def row_cost(self) -> int:
@@ -94,6 +112,43 @@ def grouped_gradient_pays(sizes: Sizes, channels: int, taps: int) -> bool:
     if sizes.groups > 1:
         return True
     return taps > 1 and channels % 8 == 0 and sizes.d_out < sizes.positions
+
+
+class PositionsFirst(NamedTuple):
+    """Whether a basis of the inputs, and one of the cotangents, is applied to positions; to explicit rows otherwise."""
+
+    inputs: bool
+    cotangents: bool
+
+
+def rotates_positions(sizes: Sizes) -> PositionsFirst:
+    """Where the two bases of rotated rows are applied: to positions or to rows, whichever have fewer vectors."""
+    return PositionsFirst(sizes.positions < sizes.columns * sizes.d_out, sizes.positions < sizes.d_in)
+
+
+def sample_chunk(elements: int) -> int:
+    """Samples to take at a time so that a temporary with so many elements for each stays small."""
+    return max(1, _TEMPORARY // max(1, elements))
+
+
+def lines_beat_patches(sizes: Sizes, along: int, stride: int) -> bool:
+    """Whether second moments of a convolution's patches are cheaper from lines of its input than by unfolding it.
+
+    Parameters
+    ----------
+    sizes
+        Of the convolution.
+    along, stride
+        Elements of the kernel, and stride, along the axis of the lines.
+    """
+    rows = sizes.n * sizes.positions * sizes.groups
+    wide, narrow = sizes.d_in, sizes.d_in // along
+    patches = rows * wide * (wide + _SMALL + _UNFOLD)
+    # Products of lines that lie equally far apart, and equally with respect to the stride, are taken once.
+    products = sum(min(stride, along - apart) for apart in range(along))
+    lines = products * rows * narrow * (narrow + _SMALL) + stride * rows * narrow * _PASS
+    placing = along * along * _CALL + sizes.groups * wide * wide * _PASS
+    return lines + placing < patches
 
 
 def pairs_worth_a_table(left: Sizes, right: Sizes) -> float:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from curvlib.arrays import Array, Vector, namespace, record
+from curvlib.arrays import Array, Vector, namespace, record, self_product
 
-__all__ = ["KroneckerLayout", "KroneckerPair", "KroneckerRows"]
+__all__ = ["KroneckerLayout", "KroneckerPair", "KroneckerRows", "bordered", "rotated_row_squares"]
 
 
 @record
@@ -76,10 +76,13 @@ class KroneckerPair:
         A, shape ``(groups, d, d)``: mean of a aᵀ over the input rows; d counts the implicit 1 of a bias (last).
     cotangents
         G, shape ``(groups, d_out, d_out)``: sum of g gᵀ over all rows; divide by `Factors.normalizer` for the Fisher.
+    layout
+        How they relate to the block's parameters.
     """
 
     inputs: Array
     cotangents: Array
+    layout: KroneckerLayout
 
 
 @record
@@ -103,8 +106,7 @@ class KroneckerRows:
 
     def pair(self) -> KroneckerPair:
         """Kronecker factors: mean of ``[a, 1][a, 1]ᵀ``, sum of ``g gᵀ``."""
-        xp = namespace(self.cotangents)
-        return KroneckerPair(self.input_moments(), xp.matrix_transpose(self.cotangents) @ self.cotangents)
+        return KroneckerPair(self.input_moments(), _moments(self.cotangents), self.layout)
 
     def input_moments(self) -> Array:
         """A, shape ``(groups, d, d)``, without appending the 1 to the inputs."""
@@ -113,13 +115,8 @@ class KroneckerRows:
         if self.layout.weight is None:
             return one
         rows = self.inputs.shape[1]
-        second = xp.matrix_transpose(self.inputs) @ self.inputs / rows
-        if self.layout.bias is None:
-            return second
-        mean = self.inputs.sum(axis=1)[:, :, None] / rows
-        top = xp.concat([second, mean], axis=2)
-        bottom = xp.concat([xp.matrix_transpose(mean), one], axis=2)
-        return xp.concat([top, bottom], axis=1)
+        second = _moments(self.inputs) / rows
+        return second if self.layout.bias is None else bordered(second, self.inputs.sum(axis=1) / rows)
 
     def augmented_inputs(self) -> Array:
         """``[a, 1]``, shape ``(groups, rows, d)``: the inputs with the implicit 1 of a bias written out."""
@@ -136,3 +133,47 @@ class KroneckerRows:
         if self.layout.bias is None:
             return self.inputs @ basis
         return self.inputs @ basis[:, :-1] + basis[:, -1:]
+
+
+def _moments(rows: Array) -> Array:
+    """``Σ_r x_r x_rᵀ`` for x of shape ``(groups, rows, d)``."""
+    transposed = namespace(rows).matrix_transpose(rows)
+    return self_product(transposed[0])[None] if rows.shape[0] == 1 else transposed @ rows
+
+
+def bordered(second: Array, mean: Array) -> Array:
+    """Moments of ``[a, 1]``, shape ``(groups, d + 1, d + 1)``.
+
+    Parameters
+    ----------
+    second
+        Mean of a aᵀ, shape ``(groups, d, d)``.
+    mean
+        Mean of a, shape ``(groups, d)``.
+    """
+    xp = namespace(second)
+    top = xp.concat([second, mean[:, :, None]], axis=2)
+    bottom = xp.concat([mean[:, None, :], xp.ones_like(mean[:, None, :1])], axis=2)
+    return xp.concat([top, bottom], axis=1)
+
+
+def rotated_row_squares(rows: Array, inputs: Array | None, cotangents: Array | None) -> Array:
+    """``Σ_i (Q_Gᵀ W_i Q_A)²`` for explicit rows W, shape ``(groups, d_out, d)``.
+
+    Parameters
+    ----------
+    rows
+        Shape ``(rows, groups, d_out, d)``.
+    inputs, cotangents
+        Q_A, shape ``(groups, d, d)``, and Q_G, shape ``(groups, d_out, d_out)``; None for what the rows have had.
+    """
+    xp = namespace(rows)
+    if cotangents is not None:
+        rows = xp.matrix_transpose(cotangents) @ rows
+    if inputs is not None:
+        # One large product where the basis is the same for all.
+        if inputs.shape[0] == 1:
+            rows = (rows.reshape(-1, rows.shape[3]) @ inputs[0]).reshape(rows.shape)
+        else:
+            rows = rows @ inputs
+    return xp.square(rows).sum(axis=0)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from curvlib.arrays import Array, Vector
 from curvlib.factors.base import Factors, Sharing, joint_samples
 from curvlib.factors.dense import Dense
-from curvlib.factors.kronecker import KroneckerRows
+from curvlib.factors.kronecker import KroneckerLayout, KroneckerPair, KroneckerRows
+from curvlib.factors.plan import BlockPlan
 
 __all__ = ["Scaled"]
 
@@ -82,6 +83,14 @@ class Scaled(Factors):
         apart = self.base.kronecker_rows(sharing)
         return dataclasses.replace(apart, cotangents=apart.cotangents * self.scale)
 
+    def kronecker_means(self) -> tuple[Array, Array, KroneckerLayout]:
+        inputs, cotangents, layout = self.base.kronecker_means()
+        return inputs, cotangents * self.scale, layout
+
+    def kronecker(self, sharing: Sharing = "expand") -> KroneckerPair:
+        pair = self.base.kronecker(sharing)
+        return dataclasses.replace(pair, cotangents=pair.cotangents * self.scale**2)
+
     def rotated_squares(self, inputs: Array, cotangents: Array) -> Array:
         return self.base.rotated_squares(inputs, cotangents) * self.scale**2
 
@@ -113,6 +122,16 @@ class Scaled(Factors):
     def compact(self) -> Factors:
         base = self.base.compact()
         return self if base is self.base else dataclasses.replace(self, base=base)
+
+    def portable(self) -> Scaled:
+        return dataclasses.replace(self, base=self.base.portable())
+
+    @property
+    def route(self) -> str:
+        return self.base.route
+
+    def planned(self, plan: BlockPlan) -> Scaled:
+        return dataclasses.replace(self, base=self.base.planned(plan))
 
     def renamed(self, names: Mapping[str, str]) -> Scaled:
         return dataclasses.replace(self, base=self.base.renamed(names))

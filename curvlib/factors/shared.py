@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
-from curvlib.arrays import Array, Vector, contract, namespace
+from curvlib.arrays import TRANSIENT, Array, Vector, contract, namespace
 from curvlib.errors import ConfigurationError
 from curvlib.factors import cost
 from curvlib.factors.base import Factors, Sharing, joint_samples
 from curvlib.factors.dense import Dense, full_rows, spread
-from curvlib.factors.kronecker import KroneckerLayout, KroneckerRows
+from curvlib.factors.kronecker import KroneckerLayout, KroneckerRows, rotated_row_squares
+from curvlib.factors.plan import BlockPlan
 
 __all__ = ["SharedOuter"]
 
@@ -45,6 +46,7 @@ class SharedOuter(Factors):
     weight_shape: tuple[int, ...]
     weight: str | None = "weight"
     bias: str | None = None
+    plan: BlockPlan | None = field(default=None, kw_only=True, repr=False, metadata=TRANSIENT)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight_shape", tuple(self.weight_shape))
@@ -92,7 +94,25 @@ class SharedOuter(Factors):
         return full_rows(self.cotangents, len(self), value)
 
     def gram(self) -> Array:
-        return self.cross_gram(self)
+        default = "pairs" if cost.pairs_beat_rows(self.sizes, self.sizes) else "rows"
+        if self.plan is not None:
+            candidates = {"pairs": lambda: self.pair_gram(self), "rows": self.row_gram}
+            default = self.plan.choose("gram", self.sizes, default, candidates)
+        return self.pair_gram(self) if default == "pairs" else self.row_gram()
+
+    def row_gram(self) -> Array:
+        """Gram from explicit rows, of a part of the parameters at a time where there is a limit on memory."""
+        rows, sizes = len(self), self.sizes
+        groups, d_in, d_out = sizes.groups, sizes.d_in, sizes.d_out
+        if self.plan is None or not self.plan.exceeded(rows * groups * d_in * d_out, self.inputs):
+            return self.dense().gram()
+        total: Array = 0
+        step = max(1, self.plan.elements(self.inputs) // (rows * groups * d_in))
+        for start in range(0, d_out, step):
+            part = self.cotangents[..., start : start + step]
+            shape = (groups * int(part.shape[4]), *self.weight_shape[1:])
+            total = total + SharedOuter(self.inputs, part, shape, self.weight, self.bias).dense().gram()
+        return total
 
     def cross_gram(self, other: Factors) -> Array:
         from curvlib.factors.onehot import OneHotOuter
@@ -174,17 +194,36 @@ class SharedOuter(Factors):
         )
 
     def rotated_squares(self, inputs: Array, cotangents: Array) -> Array:
-        layout = self.kronecker_rows().layout
-        rotated = contract("ncrgo,gop->ncrgp", self.cotangents, cotangents)
-        if layout.weight is None:
-            summed = rotated.sum(axis=2)
+        if self.weight is None:
+            summed = contract("ncgo,gop->ncgp", self.cotangents.sum(axis=2), cotangents)
             return (summed * summed).sum(axis=(0, 1))[:, :, None]
-        d_in = self.inputs.shape[3]
-        a = contract("nrgi,gij->nrgj", self.inputs, inputs[:, :d_in])
-        if self.bias is not None:
-            a = a + inputs[:, d_in]
-        rows = contract("ncrgo,nrgi->ncgoi", rotated, a)
-        return (rows * rows).sum(axis=(0, 1))
+        total: Array = 0
+        step = cost.sample_chunk(self.sizes.row_size)
+        for start in range(0, self.sizes.n, step):
+            a, g = self.inputs[start : start + step], self.cotangents[start : start + step]
+            total = total + self._rotated_squares(a, g, inputs, cotangents)
+        return total
+
+    def _rotated_squares(self, a: Array, g: Array, inputs: Array, cotangents: Array) -> Array:
+        """`rotated_squares` of some samples: each basis is applied to positions or to rows, whichever are fewer."""
+        d_in, groups = self.inputs.shape[3], self.inputs.shape[2]
+        positions_first = cost.rotates_positions(self.sizes)
+        if positions_first.cotangents:
+            g = contract("ncrgo,gop->ncrgp", g, cotangents)
+        if positions_first.inputs:
+            a = contract("nrgi,gij->nrgj", a, inputs[:, :d_in])
+            if self.bias is not None:
+                a = a + inputs[:, d_in]
+        rows = contract("ncrgo,nrgi->ncgoi", g, a)
+        rows = rows.reshape(-1, groups, *rows.shape[3:])
+        if self.bias is not None and not positions_first.inputs:
+            summed = g.sum(axis=2).reshape(*rows.shape[:3], 1)
+            rows = namespace(rows).concat([rows, summed], axis=3)
+        return rotated_row_squares(
+            rows,
+            None if positions_first.inputs else inputs,
+            None if positions_first.cotangents else cotangents,
+        )
 
     def rows(self, index: Array) -> SharedOuter:
         flat = self.cotangents.reshape(len(self), 1, *self.cotangents.shape[2:])
@@ -241,7 +280,25 @@ class SharedOuter(Factors):
         )
 
     def compact(self) -> Factors:
-        return self.dense() if cost.rows_are_cheaper_to_keep(self.sizes) else self
+        return self.dense() if self._keeps() == "rows" else self
+
+    def _keeps(self) -> str:
+        default = "rows" if cost.rows_are_cheaper_to_keep(self.sizes) else "factored"
+        if self.plan is None:
+            return default
+        _, _, _, groups, d_in, d_out = self.sizes
+        if self.plan.exceeded(len(self) * groups * d_in * d_out, self.inputs):
+            return "factored"
+        return self.plan.choose("keep", self.sizes, default)
+
+    @property
+    def route(self) -> str:
+        default = "pairs" if cost.pairs_beat_rows(self.sizes, self.sizes) else "rows"
+        gram = default if self.plan is None else self.plan.choose("gram", self.sizes, default)
+        return f"Gram over {gram}, keeps {self._keeps()}"
+
+    def planned(self, plan: BlockPlan) -> SharedOuter:
+        return dataclasses.replace(self, plan=plan)
 
     def portable(self) -> SharedOuter:
         return self

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from curvlib.errors import CaptureError, ConfigurationError
+from curvlib.errors import ConfigurationError, NonFiniteError
 from curvlib.fisher.likelihoods import Categorical, Likelihood
+from curvlib.hyperparameters import Checked
 
 __all__ = ["Empirical", "Exact", "Fisher", "Sampled"]
 
 
-class Fisher(ABC):
+class Fisher(Checked, ABC):
     """Where the rows of the Jacobian come from, and how many observations they stand for."""
 
     @property
@@ -140,7 +141,7 @@ def _check_likelihood(fisher: Fisher, likelihood: Likelihood) -> None:
 def _check_outputs(likelihood: Likelihood, outputs: Tensor) -> None:
     likelihood.check(outputs)
     if not bool(torch.isfinite(outputs).all()):
-        raise CaptureError(
+        raise NonFiniteError(
             "the model's outputs are not finite, so no curvature can be taken from them: look at the inputs and at the "
             "learning rate; parameters and optimizer state are unchanged"
         )

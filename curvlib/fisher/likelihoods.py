@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from curvlib.errors import ConfigurationError
+from curvlib.hyperparameters import Checked
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood"]
 
 
-class Likelihood(ABC):
+class Likelihood(Checked, ABC):
     """Distribution of the targets given a network's outputs, shape ``(n, …)``."""
 
     def check(self, outputs: Tensor) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from curvlib.arrays import Array, Vector
-from curvlib.factors import Dense, Factors, KroneckerRows, Scaled, SharedOuter, cost
+from curvlib.arrays import TRANSIENT, Array, Vector
+from curvlib.factors import Dense, Factors, KroneckerLayout, KroneckerPair, KroneckerRows, Scaled, SharedOuter, cost
 from curvlib.factors.base import Sharing, joint_samples
 from curvlib.factors.dense import full_rows, spread
+from curvlib.factors.kronecker import bordered, rotated_row_squares
+from curvlib.factors.plan import BlockPlan
 from curvlib.factors.shared import rename
+from curvlib.layers.autocorrelation import Kernel, patch_moments, patch_sums, position_moments, windows
 from curvlib.layers.linear import trainable
 from curvlib.layers.registry import register
 
@@ -54,6 +57,7 @@ class ConvolutionFactors(Factors):
     weight: str | None = "weight"
     bias: str | None = None
     padding: tuple[int, ...] = ()
+    plan: BlockPlan | None = field(default=None, kw_only=True, repr=False, metadata=TRANSIENT)
 
     def __post_init__(self) -> None:
         if not self.padding:
@@ -83,11 +87,11 @@ class ConvolutionFactors(Factors):
     def patches(self) -> SharedOuter:
         """Return the same rows as a sum over positions of patches (the unfolded input)."""
         n, columns, d_out = self.cotangents.shape[:3]
-        windows, dims = self._windows(), len(self.stride)
+        overlapping, dims = self._windows(), len(self.stride)
         # (n, channels, *positions, *kernel) -> (n, positions, groups, channels / groups · kernel)
-        windows = windows.reshape(n, self.groups, -1, *windows.shape[2:])
+        overlapping = overlapping.reshape(n, self.groups, -1, *overlapping.shape[2:])
         order = (0, *range(3, 3 + dims), 1, 2, *range(3 + dims, 3 + 2 * dims))
-        inputs = windows.permute(order).reshape(n, -1, self.groups, self.sizes.d_in)
+        inputs = overlapping.permute(order).reshape(n, -1, self.groups, self.sizes.d_in)
         cotangents = self.cotangents.reshape(n, columns, self.groups, d_out // self.groups, -1)
         return SharedOuter(
             inputs,
@@ -96,23 +100,32 @@ class ConvolutionFactors(Factors):
             weight=self.weight,
             bias=self.bias,
             samples=self.samples,
+            plan=self.plan,
         )
 
     def dense(self) -> Dense:
         n, columns = self.cotangents.shape[:2]
         values = {}
         if self.weight is not None:
-            make = self._grouped_weight_gradient if self._groups_pay() else self._unfolded_rows
-            rows = make([self.cotangents[:, column] for column in range(columns)])
+            g = [self.cotangents[:, column] for column in range(columns)]
+            rows = self._grouped_weight_gradient(g) if self._rows_route() == "grouped" else self._unfolded_rows(g)
             values[self.weight] = rows[0] if columns == 1 else torch.stack(rows, dim=1).flatten(0, 1)
         if self.bias is not None:
             values[self.bias] = self.cotangents.flatten(3).sum(-1).reshape(n * columns, -1)
         return Dense(values, samples=self.samples)
 
-    def _groups_pay(self) -> bool:
-        """Whether rows are made as a grouped weight gradient rather than from the unfolded input."""
-        channels, kernel = self.weight_shape[1], self.weight_shape[2:]
-        return cost.grouped_gradient_pays(self.sizes, channels, torch.Size(kernel).numel())
+    def _rows_route(self) -> str:
+        taps = torch.Size(self.weight_shape[2:]).numel()
+        pays = cost.grouped_gradient_pays(self.sizes, self.weight_shape[1], taps)
+        default = "grouped" if pays else "unfold"
+        if self.plan is None:
+            return default
+        g = [self.cotangents[:, 0]]
+        candidates = {
+            "grouped": lambda: self._grouped_weight_gradient(g)[0],
+            "unfold": lambda: self._unfolded_rows(g)[0],
+        }
+        return self.plan.choose("rows", self.sizes, default, candidates)
 
     def _grouped_weight_gradient(self, columns: Sequence[Tensor]) -> list[Tensor]:
         # Samples become groups of one big convolution, whose ordinary weight gradient holds a row for each sample.
@@ -130,9 +143,9 @@ class ConvolutionFactors(Factors):
         # A product of cotangents and patches for each sample and group; positions come last in both.
         n, d_out = columns[0].shape[:2]
         dims = len(self.stride)
-        windows = self._windows()
+        overlapping = self._windows()
         order = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-        patches = windows.permute(order).reshape(n * self.groups, self.sizes.d_in, -1).mT
+        patches = overlapping.permute(order).reshape(n * self.groups, self.sizes.d_in, -1).mT
         return [
             torch.bmm(g.reshape(n * self.groups, d_out // self.groups, -1), patches).reshape(n, *self.weight_shape)
             for g in columns
@@ -140,12 +153,11 @@ class ConvolutionFactors(Factors):
 
     def _windows(self) -> Tensor:
         """Overlapping view of the images, shape ``(n, channels, *positions, *kernel)``."""
-        windows = self._padded()
-        for axis, (size, step, apart) in enumerate(
-            zip(self.weight_shape[2:], self.stride, self.dilation, strict=True), start=2
-        ):
-            windows = windows.unfold(axis, apart * (size - 1) + 1, step)[..., ::apart]
-        return windows
+        return windows(self.images, self._kernel)
+
+    @property
+    def _kernel(self) -> Kernel:
+        return Kernel(self.weight_shape[2:], self.stride, self.dilation, self.padding)
 
     def _weight_gradient(self, cotangents: Tensor, images: Tensor, weight: Tensor, groups: int) -> Tensor:
         _, gradient, _ = torch.ops.aten.convolution_backward(
@@ -163,19 +175,52 @@ class ConvolutionFactors(Factors):
         )
         return gradient  # type: ignore[no-any-return]  # torch.ops is untyped
 
-    def _padded(self) -> Tensor:
-        margins = [zeros for one in reversed(self.padding) for zeros in (one, one)]
-        return functional.pad(self.images, margins) if any(margins) else self.images
-
     # -- algebra ------------------------------------------------------------------------------------------------------
 
     def row_weights(self, value: float) -> Array:
         return full_rows(self.cotangents, len(self), value)
 
     def gram(self) -> Array:
-        if cost.pairs_beat_rows(self.sizes, self.sizes):
-            return self.patches().gram()
+        if self._gram_route() == "pairs":
+            return self.patches().pair_gram(self.patches())
+        if self._too_large():
+            return self._gram_in_parts()
         return self.dense().gram()
+
+    def _gram_route(self) -> str:
+        default = "pairs" if cost.pairs_beat_rows(self.sizes, self.sizes) else "rows"
+        if self.plan is None:
+            return default
+        candidates = {
+            "pairs": lambda: self.patches().pair_gram(self.patches()),
+            "rows": lambda: self.dense().gram(),
+        }
+        return self.plan.choose("gram", self.sizes, default, None if self._too_large() else candidates)
+
+    def _too_large(self) -> bool:
+        sizes = self.sizes
+        elements = sizes.rows * sizes.groups * sizes.d_in * sizes.d_out
+        return self.plan is not None and self.plan.exceeded(elements, self.images)
+
+    def _gram_in_parts(self) -> Tensor:
+        """Gram summed over parts of the channels, so that neither rows nor patches exceed the limit on memory."""
+        sizes, channels = self.sizes, self.weight_shape[1]
+        if self.plan is None or self.groups > 1 or self.weight is None:
+            whole: Tensor = self.patches().row_gram()
+            return whole
+        patches = sizes.n * sizes.positions * sizes.d_in // channels
+        step = max(1, self.plan.elements(self.images) // patches)
+        total: Tensor = self.cotangents.new_zeros(len(self), len(self))
+        for start in range(0, channels, step):
+            images = self.images[:, start : start + step]
+            part = dataclasses.replace(
+                self,
+                images=images,
+                weight_shape=(self.weight_shape[0], images.shape[1], *self.weight_shape[2:]),
+                bias=self.bias if start == 0 else None,
+            )
+            total = total + part.patches().row_gram()
+        return total
 
     def cross_gram(self, other: Factors) -> Array:
         if isinstance(other, ConvolutionFactors) and cost.pairs_beat_rows(self.sizes, other.sizes):
@@ -202,11 +247,55 @@ class ConvolutionFactors(Factors):
             result[self.bias] = weighted.flatten(2).sum(-1).sum(0)
         return result
 
+    def _layout(self) -> KroneckerLayout:
+        return KroneckerLayout(self.weight, self.bias, self.weight_shape, self.groups)
+
     def kronecker_rows(self, sharing: Sharing = "expand") -> KroneckerRows:
-        return self.patches().kronecker_rows(sharing)
+        if sharing == "expand":
+            return self.patches().kronecker_rows(sharing)
+        sizes = self.sizes
+        inputs = patch_sums(self.images, self._kernel).reshape(sizes.n, self.groups, -1) / sizes.positions
+        cotangents = self.cotangents.flatten(3).sum(-1).reshape(sizes.rows, self.groups, -1)
+        return KroneckerRows(inputs.transpose(0, 1), cotangents.transpose(0, 1), self._layout())
+
+    def kronecker_means(self) -> tuple[Array, Array, KroneckerLayout]:
+        # Patches of the mean image are the mean patches: one image to unfold instead of all.
+        mean = dataclasses.replace(self, images=self.images.mean(0, keepdim=True), cotangents=self.cotangents[:1])
+        inputs, _, layout = mean.patches().kronecker_means()
+        return inputs, self.cotangents.flatten(3).sum(-1).sum((0, 1)).reshape(self.groups, -1), layout
+
+    def kronecker(self, sharing: Sharing = "expand") -> KroneckerPair:
+        if sharing == "reduce" or self.weight is None:
+            return super().kronecker(sharing)
+        cotangents = position_moments(self.cotangents.flatten(0, 1), self.groups)
+        return KroneckerPair(self._input_moments(), cotangents, self._layout())
+
+    def _input_moments(self) -> Array:
+        sizes, kernel = self.sizes, self._kernel
+        axis = kernel.line_axis
+        if not cost.lines_beat_patches(sizes, kernel.size[axis], kernel.stride[axis]):
+            return self.patches().kronecker_rows().input_moments()
+        rows = sizes.n * sizes.positions
+        moments = patch_moments(self.images, kernel, self.groups) / rows
+        if self.bias is None:
+            return moments
+        total = patch_sums(self.images.sum(0, keepdim=True), kernel)
+        return bordered(moments, total.reshape(self.groups, -1) / rows)
 
     def rotated_squares(self, inputs: Array, cotangents: Array) -> Array:
-        return self.patches().rotated_squares(inputs, cotangents)
+        sizes = self.sizes
+        positions_first = cost.rotates_positions(sizes)
+        if self.weight is None or positions_first.inputs:
+            return self.patches().rotated_squares(inputs, cotangents)
+        total: Array = 0
+        step = cost.sample_chunk(sizes.row_size)
+        for start in range(0, sizes.n, step):
+            images, g = self.images[start : start + step], self.cotangents[start : start + step]
+            if positions_first.cotangents:
+                g = torch.matmul(cotangents.mT, g.reshape(*g.shape[:2], self.groups, sizes.d_out, -1)).reshape(g.shape)
+            rows = self._layout().matrix(dataclasses.replace(self, images=images, cotangents=g).dense().values)
+            total = total + rotated_row_squares(rows, inputs, None if positions_first.cotangents else cotangents)
+        return total
 
     def rows(self, index: Array) -> ConvolutionFactors:
         flat = self.cotangents.reshape(len(self), 1, *self.cotangents.shape[2:])
@@ -244,10 +333,23 @@ class ConvolutionFactors(Factors):
         )
 
     def compact(self) -> Factors:
+        return self.dense() if self._keeps() == "rows" else self
+
+    def _keeps(self) -> str:
         sizes = self.sizes
-        if cost.rows_are_cheaper_to_keep(sizes) or not cost.pairs_beat_rows(sizes, sizes):
-            return self.dense()
-        return self
+        pays = cost.rows_are_cheaper_to_keep(sizes) or not cost.pairs_beat_rows(sizes, sizes)
+        default = "rows" if pays else "factored"
+        if self.plan is None:
+            return default
+        return "factored" if self._too_large() else self.plan.choose("keep", sizes, default)
+
+    @property
+    def route(self) -> str:
+        gram = self._gram_route() if self.plan is None or not self.plan.plan.timed else "as timed"
+        return f"rows by {self._rows_route()}, Gram over {gram}, keeps {self._keeps()}"
+
+    def planned(self, plan: BlockPlan) -> ConvolutionFactors:
+        return dataclasses.replace(self, plan=plan)
 
     def portable(self) -> SharedOuter:
         return self.patches()

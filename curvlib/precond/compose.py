@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import nn
 
 from curvlib.capture import Output
 from curvlib.errors import ConfigurationError
-from curvlib.fisher import Empirical, Fisher
-from curvlib.layers import Block, Partition, Use, partition
+from curvlib.factors import Plan
+from curvlib.fisher import Fisher
+from curvlib.hyperparameters import checking
+from curvlib.precond.callbacks import Callback
 from curvlib.precond.damping import Damping, as_damping
+from curvlib.precond.division import Division
+from curvlib.precond.factorized import FactorizeIn
+from curvlib.precond.failure import OnFailure
 from curvlib.precond.gradients import check_fused
+from curvlib.precond.groups import Group
 from curvlib.precond.optimizer import NaturalGradient
+from curvlib.precond.places import Backend
+from curvlib.precond.precision import Precision
 from curvlib.precond.refresh import Refresh, as_refresh
-from curvlib.precond.rest import check_rest
 from curvlib.precond.transforms import Transform, check_order
 from curvlib.solvers import Solver
 
 __all__ = ["compose"]
 
 
+@checking(bool, int)
 def compose(
     model: nn.Module,
     *,
@@ -34,11 +40,20 @@ def compose(
     transforms: Sequence[Transform] = (),
     blocks: Literal["layer", "network"] = "layer",
     lr: float,
+    groups: Sequence[Group] = (),
+    maximize: bool = False,
+    only: str | Sequence[str] | None = None,
     rest: str | None = None,
     output: Output | None = None,
     seed: int = 0,
     verify: bool = True,
     fused: bool = False,
+    plan: Plan | None = None,
+    backend: Backend = "torch",
+    matmul_precision: Precision = "highest",
+    factorize_in: FactorizeIn = None,
+    on_failure: OnFailure = "keep",
+    callbacks: Sequence[Callback] = (),
 ) -> NaturalGradient:
     """Assemble a natural-gradient optimizer from its parts.
 
@@ -61,7 +76,19 @@ def compose(
     transforms
         Applied in this order: those that change the gradient before the curvature, the others after it.
     lr
-        Learning rate, > 0; schedulers change it in ``param_groups``.
+        Learning rate, ≥ 0; schedulers change it in ``param_groups``.
+    groups
+        Parameter groups, as dictionaries: ``blocks`` (a pattern of block names, or several) or ``params`` (parameters
+        or their names), with ``lr``, ``damping``, ``weight_decay``, ``momentum``, ``maximize`` or ``solver`` of their
+        own. Parameters in none of them make the last group. What a group says is read at every step: a new damping
+        factorises again, a new solver begins with the next rows. Parameters of one block may be in groups of
+        different learning rates, but have one damping and one solver.
+    maximize
+        Whether the objective is climbed instead of descended.
+    only
+        Patterns of block names (or names of parameters outside every block) that this optimizer is for; the others are
+        left to other optimizers. By default the whole model. Frozen parameters are in ``param_groups`` too: when they
+        are unfrozen they have blocks from the next forward pass on, and lose them when they are frozen.
     rest
         What becomes of bare parameters, those outside every block: ``"fallback"`` (blocks of their own, exact,
         for one more forward and backward pass of the module that holds them), ``"sgd"``, ``"adamw"`` or ``"freeze"``.
@@ -76,7 +103,28 @@ def compose(
     fused
         Whether blocks whose solver gains from it get their gradient as rows, from the second step on: backward then
         makes no weight gradient for them, and `.grad` of their parameters stays None. The natural gradient is the same.
-        For loops that do not look at gradients themselves (no clipping outside, no GradScaler, no DDP).
+        For loops that do not look at gradients themselves: clipping outside and a GradScaler are refused at the first
+        step; no DDP.
+    plan
+        Which exact routes Factors take, and a limit on the memory of their rows; by default the cost model decides.
+    backend
+        Array library that solvers work in: ``"torch"`` on the parameters' device, ``"cupy"`` on their GPU,
+        ``"numpy"`` on the CPU. The memory is that of the tensors; what the optimizer keeps is tensors in any case.
+    matmul_precision
+        Of float32 products and convolutions while solvers work: ``"highest"``, ``"high"`` (TensorFloat-32) or
+        ``"medium"``, as in `torch.set_float32_matmul_precision`, whatever is set there for the model. On a CPU
+        ``"highest"`` leaves torch's setting alone.
+    factorize_in
+        "float64": factorisations alone are in float64, for curvature kept in float32. None: in its own precision.
+    on_failure
+        What becomes of a block whose curvature cannot be renewed, not even in float64 and with more damping.
+        ``"keep"``: its last good inverse is used on; an error where there is none. ``"gradient"``: the same, but a
+        block without any inverse moves along g/λ until its next refresh. ``"skip"``: the step does nothing, nor does
+        one whose gradients are not finite. ``"raise"``: an error. There is one warning a block, and everything is
+        counted in ``optimizer.health``.
+    callbacks
+        Functions ``callback(optimizer, loss)`` called after every step, skipped ones too; the loss is what the closure
+        returned, None without one. `CSVWriter` and `TensorBoardWriter` are ready ones.
 
     Returns
     -------
@@ -98,121 +146,38 @@ def compose(
     ...     model, fisher=curvlib.Sampled(curvlib.Categorical()), solver=curvlib.Woodbury(), damping=0.1, lr=0.1
     ... )
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(fisher, Fisher):
-        raise ConfigurationError(f"fisher must be Sampled(...), Exact(...) or Empirical(...), got {fisher!r}")
     for transform in transforms:
         if not isinstance(transform, Transform):
             raise ConfigurationError(f"transforms must be Transform objects such as Momentum(0.9), got {transform!r}")
-    parts = partition(model, bare="fallback" if rest == "fallback" else None)
-    check_rest(rest, parts.rest)
     check_order(transforms)
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigurationError(f"seed must be an integer of 64 bits, got {seed!r}")
     if fused:
         check_fused(transforms)
-    if blocks not in ("layer", "network"):
-        raise ConfigurationError(f"blocks must be 'layer' or 'network', got {blocks!r}")
-    if blocks == "network":
-        parts = one_block(parts)
-    chosen, when = choose_solvers(solver, parts.blocks), as_refresh(refresh)
-    check_combination(chosen, fisher, when)
-    check_kronecker(chosen, parts.blocks)
-    return NaturalGradient(
+    division = Division(
         model,
-        parts,
-        fisher=fisher,
-        solvers=chosen,
+        fisher,
+        solver,
+        as_refresh(refresh),
+        blocks=blocks,
+        rest=rest,
+        only=(only,) if isinstance(only, str) else None if only is None else tuple(only),
+        backend=backend,
+        matmul_precision=matmul_precision,
+        factorize_in=factorize_in,
+    )
+    return NaturalGradient(
+        division,
         damping=as_damping(damping),
-        refresh=when,
         transforms=tuple(transforms),
         lr=lr,
-        rest=rest,
+        groups=groups,
+        maximize=maximize,
         output=output,
         seed=seed,
         verify=verify,
         fused=fused,
+        plan=plan,
+        on_failure=on_failure,
+        callbacks=callbacks,
     )
-
-
-def check_combination(solvers: Mapping[str, Solver], fisher: Fisher, refresh: Refresh) -> None:
-    """Refuse solvers that a Fisher or a refresh policy cannot serve.
-
-    Raises
-    ------
-    ConfigurationError
-        Naming the solver and what it needs.
-    """
-    for block, solver in solvers.items():
-        name = f"{type(solver).__name__} (block {block!r})"
-        if (solver.of_gradient or solver.of_fresh_rows) and not isinstance(fisher, Empirical):
-            raise ConfigurationError(
-                f"{name} works on the loss's own gradient, so it needs fisher=Empirical(), not {fisher}"
-            )
-        if solver.of_fresh_rows and not all(refresh.due(step) and refresh.inverse_due(step) for step in range(4)):
-            raise ConfigurationError(f"{name} solves with the rows of the step's own gradient: use refresh=1")
-
-
-def check_kronecker(solvers: Mapping[str, Solver], blocks: Sequence[Block]) -> None:
-    """Refuse Kronecker solvers for blocks whose rows are no products of inputs and cotangents.
-
-    Raises
-    ------
-    ConfigurationError
-        Naming the blocks, their solvers, and what to use instead.
-    """
-    refused = [block for block in blocks if solvers[block.name].of_kronecker_rows and not block.kronecker]
-    if not refused:
-        return
-    listed = ", ".join(
-        f"{block.name!r} ({' + '.join(dict.fromkeys(use.adapter.name for use in block.uses))}; "
-        f"{type(solvers[block.name]).__name__})"
-        for block in refused
-    )
-    first = refused[0].name
-    raise ConfigurationError(
-        "Kronecker solvers need rows that are products of inputs and cotangents of one weight matrix; those of "
-        f"{listed} are not: use Woodbury, Dense or Diagonal there, as in solver={{{first!r}: Woodbury(), "
-        f"'*': {type(solvers[first]).__name__}(...)}}"
-    )
-
-
-def choose_solvers(solver: Solver | Mapping[str, Solver], blocks: Sequence[Block]) -> dict[str, Solver]:
-    """Solver of every block: the first pattern that matches its name.
-
-    Raises
-    ------
-    ConfigurationError
-        If a value is no solver, a pattern matches no block, or a block matches no pattern.
-    """
-    patterns = solver if isinstance(solver, Mapping) else {"*": solver}
-    names = [block.name for block in blocks]
-    chosen: dict[str, Solver] = {}
-    for pattern, candidate in patterns.items():
-        if not isinstance(candidate, Solver):
-            raise ConfigurationError(
-                f"the solver for {pattern!r} must be a Solver such as Woodbury(), got {candidate!r}"
-            )
-        matching = [name for name in names if fnmatchcase(name, pattern)]
-        if not matching and pattern != "*":
-            raise ConfigurationError(f"the pattern {pattern!r} matches no block; the blocks are {names}")
-        for name in matching:
-            chosen.setdefault(name, candidate)
-    missing = [name for name in names if name not in chosen]
-    if missing:
-        raise ConfigurationError(f"no solver pattern matches the blocks {missing}; add a last one for '*'")
-    return chosen
-
-
-def one_block(parts: Partition) -> Partition:
-    """Return the partition with all blocks joined to one named "network", its parameters named as in the model."""
-    if len(parts.blocks) < 2:
-        return parts
-    parameters: dict[str, nn.Parameter] = {}
-    uses: list[Use] = []
-    for block in parts.blocks:
-        # Blocks of tied modules name their parameters as the model does already.
-        module = block.uses[0].module_name
-        prefix = f"{module}." if module and len(block.uses) == 1 else ""
-        parameters.update({prefix + name: p for name, p in block.parameters.items()})
-        uses += [replace(use, names={inner: prefix + name for inner, name in use.names.items()}) for use in block.uses]
-    return replace(parts, blocks=(Block("network", parameters, tuple(uses)),))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from curvlib.arrays import Vector, dot, record
-from curvlib.errors import CaptureError, CurvatureError, CurvatureWarning, NotPositiveDefiniteError
+from curvlib.arrays import Vector, dot, is_finite, map_arrays, namespace, record
+from curvlib.errors import CaptureError, CurvatureError
 from curvlib.factors import Factors
 from curvlib.layers import Block
 from curvlib.precond.damping import Damping
+from curvlib.precond.failure import REFRESH_FAILURES, Failures, PlainGradient, as_failure, naming
 from curvlib.precond.gradients import BlockGradient
 from curvlib.precond.ladder import factorize_with_retries
 from curvlib.precond.refresh import Refresh
 from curvlib.solvers import Solver
 
-__all__ = ["BlockState", "Renewal", "natural_gradient", "residual"]
+__all__ = ["BlockState", "Renewal", "natural_gradient", "natural_gradients", "residual"]
 
 
 @record
@@ -38,7 +38,9 @@ class BlockState:
     factorized
         Step at which the inverse was made.
     failures
-        How many factorisations needed a retry or kept the last good inverse.
+        Refreshes that were given up, so that the last good inverse or the plain gradient was used on.
+    retries
+        Factorisations that needed more than one attempt.
     mean_eigenvalue
         Trace of the last new curvature over the number of parameters, where the damping asks for it.
     """
@@ -49,7 +51,18 @@ class BlockState:
     refreshed: int | None = None
     factorized: int | None = None
     failures: int = 0
+    retries: int = 0
     mean_eigenvalue: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Factorization:
+    """One that is due: of which block and state, with which damping, and what to go back to when it fails."""
+
+    block: Block
+    state: BlockState
+    damping: float
+    before: BlockState
 
 
 @dataclass(frozen=True)
@@ -64,11 +77,14 @@ class Renewal:
         λ of every block and step.
     refresh
         When new rows are looked at, used and factorised.
+    failures
+        What to do about a block that cannot be renewed.
     """
 
     solvers: Mapping[str, Solver]
     damping: Damping
     refresh: Refresh
+    failures: Failures = field(default_factory=Failures)
 
     def renewed(
         self,
@@ -99,14 +115,23 @@ class Renewal:
         ------
         CaptureError
             If a block has a gradient but no curvature, new or old.
-        CurvatureError
-            If a block's curvature cannot be factorised and there is no earlier inverse.
+        RefreshError
+            If a block's curvature cannot be renewed and the policy lets nothing stand in.
         """
         result = dict(states)
+        waiting: list[_Factorization] = []
         for block in blocks:
             state, rows = states[block.name], factors.get(block.name)
             if rows is not None and self._is_stale(block, state, rows, gradients.get(block.name)):
-                result[block.name] = self._updated(block, state, rows, step)
+                try:
+                    new = self._updated(block, state, rows, step)
+                except REFRESH_FAILURES as error:
+                    result[block.name] = self._given_up(block, state, error, step)
+                    continue
+                if state.inverse is None or self.refresh.inverse_due(step):
+                    wanted = self.damping.at(step, block.name, new.mean_eigenvalue)
+                    waiting.append(_Factorization(block, new, wanted, before=state))
+                result[block.name] = new
             elif state.inverse is None and block.name in gradients:
                 raise CaptureError(
                     f"step {step}: block {block.name!r} has a gradient, but no call of its module was seen in a "
@@ -115,8 +140,9 @@ class Renewal:
                 )
             elif state.inverse is not None:
                 wanted = self.damping.at(step, block.name, state.mean_eigenvalue)
-                if wanted != state.damping:
-                    result[block.name] = self._factorized(block, state, wanted, step)
+                if wanted != state.damping and state.estimate is not None:
+                    waiting.append(_Factorization(block, state, wanted, before=state))
+        result.update(self._factorized_all(waiting, step))
         return result
 
     def _is_stale(self, block: Block, state: BlockState, rows: Factors, gradient: BlockGradient | None) -> bool:
@@ -132,34 +158,65 @@ class Renewal:
         if self.damping.needs_trace:
             trace = sum(float(value.sum()) for value in rows.diagonal().values()) / rows.normalizer
             mean = trace / rows.size
-        new = replace(state, estimate=estimate, refreshed=step, mean_eigenvalue=mean)
-        if state.inverse is not None and not self.refresh.inverse_due(step):
-            return new
-        return self._factorized(block, new, self.damping.at(step, block.name, mean), step, before=state)
+        return replace(state, estimate=estimate, refreshed=step, mean_eigenvalue=mean)
 
-    def _factorized(
-        self, block: Block, state: BlockState, damping: float, step: int, before: BlockState | None = None
-    ) -> BlockState:
+    def _factorized_all(self, waiting: Sequence[_Factorization], step: int) -> dict[str, BlockState]:
+        """Factorise blocks of one solver together; where that fails, each by itself with all that can be tried."""
+        result: dict[str, BlockState] = {}
+        together: dict[int, list[_Factorization]] = {}
+        for one in waiting:
+            together.setdefault(id(self.solvers[one.block.name]), []).append(one)
+        for group in together.values():
+            solver = self.solvers[group[0].block.name]
+            try:
+                inverses = solver.factorize_all([one.state.estimate for one in group], [one.damping for one in group])
+            except REFRESH_FAILURES as error:
+                if as_failure(error) is None:
+                    raise
+                result.update((one.block.name, self._factorized(one, step)) for one in group)
+                continue
+            for one, inverse in zip(group, inverses, strict=True):
+                result[one.block.name] = replace(one.state, inverse=inverse, damping=one.damping, factorized=step)
+        return result
+
+    def _factorized(self, one: _Factorization, step: int) -> BlockState:
+        block, state, damping = one.block, one.state, one.damping
         try:
             inverse, retries = factorize_with_retries(self.solvers[block.name], state.estimate, damping)
-        except NotPositiveDefiniteError as error:
-            where = f"step {step}: block {block.name!r}: {error}"
-            if state.inverse is None:
-                raise CurvatureError(
-                    f"{where}. Parameters are unchanged. Look for non-finite activations or labels; otherwise raise "
-                    "the damping"
-                ) from error
-            _warn(f"{where}; the inverse of step {state.factorized} is used on ({state.failures + 1} failures so far)")
+        except REFRESH_FAILURES as error:
             # The estimate that could not be factorised is not kept either: it would poison an average.
-            return replace(before or state, failures=state.failures + 1)
+            return self._given_up(block, one.before, error, step)
         if retries:
-            _warn(f"step {step}: block {block.name!r} was factorised {'; '.join(retries)}")
-        failures = state.failures + bool(retries)
-        return replace(state, inverse=inverse, damping=damping, factorized=step, failures=failures)
+            self.failures.retried(block.name, step, retries)
+        return replace(state, inverse=inverse, damping=damping, factorized=step, retries=state.retries + bool(retries))
+
+    def _given_up(self, block: Block, state: BlockState, error: Exception, step: int) -> BlockState:
+        """Return the state of a block whose renewal failed, from the one before."""
+        failure = as_failure(error)
+        if failure is None:
+            with naming(block.name):
+                raise error
+        if state.estimate is not None and not _finite(state.estimate):
+            # Poisoned between two factorisations: the next rows begin anew.
+            state = replace(state, estimate=None)
+        # Where the gradient must be that of the rows, those of an earlier step are of no use.
+        useless = isinstance(state.inverse, PlainGradient) or self.solvers[block.name].of_fresh_rows
+        good = None if useless else state.factorized
+        if self.failures.give_up(block.name, step, failure, good):
+            return replace(state, failures=state.failures + 1)
+        damping = self.damping.at(step, block.name, state.mean_eigenvalue)
+        return replace(state, inverse=PlainGradient(), damping=damping, failures=state.failures + 1)
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, CurvatureWarning, stacklevel=6)
+def _finite(estimate: Any) -> bool:
+    good = []
+
+    def look(array: Any) -> Any:
+        good.append(not namespace(array).isdtype(array.dtype, "real floating") or is_finite(array))
+        return array
+
+    map_arrays(look, estimate)
+    return all(good)
 
 
 def residual(solver: Solver, state: BlockState, rows: Factors, gradient: Vector) -> float:
@@ -188,11 +245,37 @@ def residual(solver: Solver, state: BlockState, rows: Factors, gradient: Vector)
 def natural_gradient(solver: Solver, state: BlockState, gradient: Vector | BlockGradient) -> dict[str, Tensor]:
     """Natural gradient of a block, in the dtypes of its gradient; half precision is solved in float32."""
     if isinstance(gradient, BlockGradient):
-        if gradient.rows is not None and not gradient.own:
-            natural, scale = solver.solve(state.inverse, gradient.rows.factors), gradient.rows.scale
-            dtypes = {name: p.dtype for name, p in gradient.parameters.items()}
-            return {name: (value if scale == 1 else value * scale).to(dtypes[name]) for name, value in natural.items()}
-        gradient = gradient.vector
-    wide = {name: value.float() if value.itemsize < 4 else value for name, value in gradient.items()}
-    natural = solver.solve(state.inverse, wide)
+        return natural_gradients({"": solver}, {"": state}, {"": gradient})[""]
+    if isinstance(state.inverse, PlainGradient):
+        return {name: value / (state.damping or 1.0) for name, value in gradient.items()}
+    natural = solver.solve(state.inverse, _wide(gradient))
     return {name: natural[name].to(gradient[name].dtype) for name in gradient}
+
+
+def natural_gradients(
+    solvers: Mapping[str, Solver], states: Mapping[str, BlockState], gradients: Mapping[str, BlockGradient]
+) -> dict[str, dict[str, Tensor]]:
+    """Natural gradients of all blocks that have a gradient; those of one solver are solved for together."""
+    result: dict[str, dict[str, Tensor]] = {}
+    together: dict[int, list[str]] = {}
+    for name, gradient in gradients.items():
+        if isinstance(states[name].inverse, PlainGradient):
+            result[name] = natural_gradient(solvers[name], states[name], gradient.vector)
+        else:
+            together.setdefault(id(solvers[name]), []).append(name)
+    for names in together.values():
+        given = [gradients[name] for name in names]
+        asked = [_wide(one.vector) if one.own or one.rows is None else one.rows.factors for one in given]
+        with naming(*names):
+            naturals = solvers[names[0]].solve_all([states[name].inverse for name in names], asked)
+        for name, one, natural in zip(names, given, naturals, strict=True):
+            scale = 1.0 if one.own or one.rows is None else one.rows.scale
+            result[name] = {
+                inner: (value if scale == 1 else value * scale).to(one.parameters[inner].dtype)
+                for inner, value in natural.items()
+            }
+    return result
+
+
+def _wide(vector: Vector) -> dict[str, Tensor]:
+    return {name: value.float() if value.itemsize < 4 else value for name, value in vector.items()}

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from curvlib.errors import ConfigurationError
+from curvlib.hyperparameters import Checked
 
 __all__ = ["Constant", "Damping", "LevenbergMarquardt", "PerBlock", "Schedule", "TraceRelative"]
 
 
-class Damping(ABC):
+class Damping(Checked, ABC):
     """Gives λ of ``curvature + λ · identity`` for each step and block."""
 
     @abstractmethod
@@ -44,14 +45,14 @@ class Damping(ABC):
         """Whether the reduction ratio of step number `step` is wanted; only asked where `needs_loss`."""
         return False
 
-    def adapt(self, step: int, ratio: float) -> None:  # noqa: B027  # nothing to do for a damping that stays
+    def adapt(self, step: int, ratio: float) -> None:  # nothing to do for a damping that stays
         """Take note of the reduction ratio of a step; only called where `needs_loss`."""
 
     def state(self) -> float | None:
         """Return what a checkpoint must hold; None if nothing."""
         return None
 
-    def restore(self, state: float | None) -> None:  # noqa: B027  # nothing to take back without a state
+    def restore(self, state: float | None) -> None:  # nothing to take back without a state
         """Take back what `state` returned."""
 
 

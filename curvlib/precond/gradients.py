@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from curvlib.precond.refresh import Refresh
 from curvlib.precond.transforms import Transform
 from curvlib.solvers import Solver
 
-__all__ = ["BlockGradient", "block_gradients", "check_fused", "fresh", "gaining", "shared_rows"]
+__all__ = ["BlockGradient", "block_gradients", "check_fused", "fresh", "gaining", "shared_rows", "turned"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,34 @@ def shared_rows(taken: Taken) -> tuple[dict[str, Factors], dict[str, GradientRow
             # Cotangents are smaller than a natural gradient.
             gradients[name] = GradientRows(rows.factors.scaled(rows.scale), 1.0)
     return factors, gradients
+
+
+def turned(
+    factors: Mapping[str, Factors], gradients: Mapping[str, GradientRows], names: Collection[str], fisher: Fisher
+) -> tuple[dict[str, Factors], dict[str, GradientRows]]:
+    """Rows of the negative loss for the blocks that climb.
+
+    Only the loss's own rows have a sign that anyone can see; curvature itself has none.
+
+    Parameters
+    ----------
+    factors, gradients
+        From `shared_rows`.
+    names
+        Blocks that maximise.
+    fisher
+        Whose rows they are.
+    """
+    rows, given = dict(factors), dict(gradients)
+    for name in names:
+        before, gradient = factors.get(name), gradients.get(name)
+        if before is not None and fisher.needs_backward:
+            rows[name] = before.scaled(-1.0)
+        if gradient is not None and gradient.factors is before and fisher.needs_backward:
+            given[name] = replace(gradient, factors=rows[name])
+        elif gradient is not None:
+            given[name] = replace(gradient, scale=-gradient.scale)
+    return rows, given
 
 
 def block_gradients(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from curvlib.arrays import map_arrays, namespace, widen
-from curvlib.errors import NotPositiveDefiniteError
+from curvlib.errors import ConfigurationError, NotPositiveDefiniteError
 from curvlib.solvers import Solver
 
 __all__ = ["factorize_with_retries"]
@@ -47,6 +47,10 @@ def factorize_with_retries(solver: Solver, estimate: Any, damping: float) -> tup
             inverse = attempt()
         except NotPositiveDefiniteError as error:
             failure = error
+        except ConfigurationError as error:  # a method may have no meaning with as much damping
+            if not what:
+                raise
+            failure = NotPositiveDefiniteError(str(error))
         else:
             return inverse, [*tried, what] if what else []
         if what:

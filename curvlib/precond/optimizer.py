@@ -8,28 +8,37 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from curvlib.arrays import pack, unpack
-from curvlib.capture import Capture, GradientRows, Output
-from curvlib.errors import CaptureError, ConfigurationError, CurvatureError
+from curvlib.capture import GradientRows
+from curvlib.capture.autocast import without_autocast
+from curvlib.errors import CaptureError
 from curvlib.factors import Factors
-from curvlib.fisher import Fisher
-from curvlib.layers import Partition
-from curvlib.precond.curvature import BlockState, Renewal, natural_gradient
-from curvlib.precond.damping import Damping
-from curvlib.precond.gradients import block_gradients, fresh, gaining, shared_rows
-from curvlib.precond.refresh import Refresh
-from curvlib.precond.second_pass import evaluate_again, evaluations, followed, needs_closure, require_closure
-from curvlib.precond.transforms import Context, Transform
+from curvlib.precond.applied import transformed
+from curvlib.precond.callbacks import Callback, check_callback, guarded
+from curvlib.precond.checks import check_directions, check_finite_gradients, check_gradients, check_unscaled
+from curvlib.precond.curvature import BlockState, Renewal, natural_gradients
+from curvlib.precond.division import Division
+from curvlib.precond.failure import Failures, OnFailure
+from curvlib.precond.gradients import block_gradients, gaining, shared_rows, turned
+from curvlib.precond.grouped import Grouped
+from curvlib.precond.groups import ByGroup, Group, check_options, one_sign, spoken_for
+from curvlib.precond.health import Health, Moved
+from curvlib.precond.second_pass import (
+    evaluate_again,
+    evaluations,
+    followed,
+    needs_closure,
+    predicted_change,
+    require_closure,
+)
+from curvlib.precond.transforms import Context
 from curvlib.solvers import Solver
 
 __all__ = ["NaturalGradient"]
 
-_STATE_VERSION = 1
 
-
-class NaturalGradient(torch.optim.Optimizer):
+class NaturalGradient(Grouped):
     """Moves along transformed natural gradients; `curvlib.compose` makes it and documents the parameters.
 
     Attributes
@@ -38,65 +47,41 @@ class NaturalGradient(torch.optim.Optimizer):
         Block name to `BlockState`: estimate, inverse, age, failures.
     steps
         Number of steps taken.
-    damping, refresh
-        May be replaced between steps; a new damping factorises the estimates that are there again.
+    damping
+        Of blocks whose groups have none. Assigning another one, a number too, is for all groups; the estimates that are
+        there are factorised again.
+    refresh
+        May be replaced between steps.
     solvers
-        Block name to solver.
+        Block name to the solver at work.
     model, fisher, output, rest
         As given to `curvlib.compose`.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        parts: Partition,
-        *,
-        fisher: Fisher,
-        solvers: dict[str, Solver],
-        damping: Damping,
-        refresh: Refresh,
-        transforms: tuple[Transform, ...],
-        lr: float,
-        rest: str | None,
-        output: Output | None,
-        seed: int,
-        verify: bool,
-        fused: bool = False,
+        self, division: Division, *, on_failure: OnFailure = "keep", callbacks: Iterable[Callback] = (), **options: Any
     ) -> None:
-        if isinstance(lr, bool) or not (isinstance(lr, int | float) and math.isfinite(lr) and lr >= 0):
-            raise ConfigurationError(f"lr must be a finite number ≥ 0, got {lr!r}")
-        uncovered = list(parts.rest.values())
-        inside = [p for block in parts.blocks for p in block.parameters.values()]
-        composed = inside + (uncovered if rest == "sgd" else [])
-        groups: list[dict[str, Any]] = [{"params": composed}] if composed else []
-        self._adamw = torch.optim.AdamW(uncovered) if rest == "adamw" and uncovered else None
-        if self._adamw is not None:
-            groups += self._adamw.param_groups
-        super().__init__(groups, {"lr": float(lr)})
-        self.damping = damping
-        self.refresh = refresh
-        self.model = model
-        self.fisher = fisher
-        self.output = output
-        self.rest = rest
-        self.solvers = solvers
-        self.transforms = transforms
-        self.curvature = {block.name: BlockState() for block in parts.blocks}
-        self.steps = 0
-        self._due = True
-        self._fused = fused
-        self._fresh = fresh(fisher, refresh)
-        self._blocks = parts.blocks
-        self._block_of: dict[Tensor, str] = {p: block.name for block in parts.blocks for p in block.parameters.values()}
-        self._composed = len(groups) - (self._adamw is not None)
-        self._generator = torch.Generator(device=self.param_groups[0]["params"][0].device).manual_seed(seed)
-        self._capture = Capture(model, parts.blocks, fisher, output, self._generator, check=verify)
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        self._link()
+        failures, callbacks = Failures(on_failure), [check_callback(callback) for callback in callbacks]
+        super().__init__(division, **options)
+        self.failures = failures
+        self._capture.lenient = on_failure == "skip"
+        self.callbacks = callbacks
+        self._watched = bool(self.callbacks)
+        self._moved: Moved | None = None
 
-    def detach(self) -> None:
-        """Remove every hook from the model; no further step can take curvature."""
-        self._capture.detach()
+    @property
+    def health(self) -> Health:
+        """What failed and how good the curvature is, computed when it is looked at.
+
+        From the first look on, a step keeps its move until the next one, for the KL divergence.
+        """
+        self._watched = True
+        return Health(self, self._moved)
+
+    def add_callback(self, callback: Callback) -> None:
+        """Call ``callback(optimizer, loss)`` after every step, after those that are there; see `compose`."""
+        self.callbacks.append(check_callback(callback))
+        self._watched = True
 
     @property
     def needs_closure(self) -> bool:
@@ -105,6 +90,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
+    @guarded
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -126,36 +112,62 @@ class NaturalGradient(torch.optim.Optimizer):
         ConfigurationError
             If there is no closure where one is needed.
         CaptureError
-            If there is no gradient, a gradient is not finite, or curvature is missing.
-        CurvatureError
-            If a block's curvature cannot be factorised, not even after retries, and there is no earlier inverse.
+            If there is no gradient, or curvature is missing.
+        NonFiniteError
+            If a loss, a gradient or a natural gradient is not finite; not under ``on_failure="skip"``.
+        RefreshError
+            If a block's curvature cannot be renewed and `on_failure` lets nothing stand in.
 
         Notes
         -----
         Whatever is raised, parameters and the optimizer's state are as they were, unless the second call of a closure
         raises it.
         """
+        if self._capture.detached:
+            raise CaptureError(
+                "this optimizer was detached from its model: compose another one, and load this one's state_dict() "
+                "into it"
+            )
+        check_unscaled(self)
         require_closure(self.damping, self.solvers, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._notice_frozen()
+        groups = spoken_for(self._own_groups())
         try:
-            factors, rows = shared_rows(self._capture.taken())
-            self._check_gradients(loss, rows)
+            with without_autocast(self._generator.device):
+                factors, rows = shared_rows(self._capture.taken())
+            check_gradients(self.param_groups, loss, rows, self.steps)
+            if factors or self._due or any(transform.on_gradient for transform in self.transforms):
+                self._check_finite()  # before what is costly; otherwise with the directions
+            self._untouched.check()
         finally:
             self._capture.clear()
-        context, own = self._context(rows)
+            self._untouched.clear()
+        for group in self._own_groups():
+            check_options(group, self.transforms)
+        self._read_solvers()
+        upwards = [name for name, up in self._said("maximize").items() if up]
+        factors, rows = turned(factors, rows, upwards, self.fisher)
+        context, own = self._context(groups, rows)
         if any(transform.on_gradient for transform in self.transforms):
-            changed = self._transformed(context.gradients, context, before=True)
+            changed = transformed(self.transforms, self.state, context.gradients, context, before=True)
             context = replace(context, given=changed)
             own = dict(zip(context.parameters, changed, strict=True))
-        curvature, natural = self._natural(own, rows, factors)
+        used = factors if self._due else {name: rows for name, rows in factors.items() if name in self._wanting}
+        solvers, asked, curvature = self._switched(used)
+        with without_autocast(self._generator.device):
+            damping = ByGroup(self.damping, self._said("damping"))
+            renewal = Renewal(solvers, damping, self.refresh, self.failures)
+            curvature, natural = self._natural(renewal, curvature, own, rows, factors, used)
         # Outside every block the direction is the gradient itself.
         moves = [natural[p] if p in natural else own[p] for p in context.parameters]
-        moves = self._transformed(moves, context, before=False)
-        predicted = self._predicted(context, moves, factors) if self._adapts() and factors else None
-        before = evaluations(self._blocks, self.solvers, curvature, factors, self.steps)
+        moves = transformed(self.transforms, self.state, moves, context, before=False)
+        adapts = self._adapts() and bool(factors)
+        predicted = predicted_change(self._blocks, context, moves, factors) if adapts else None
+        before = evaluations(self._blocks, solvers, curvature, factors, self.steps)
         for rate in dict.fromkeys(context.rates):
             chosen = [place for place, own in enumerate(context.rates) if own == rate]
             torch._foreach_add_([context.parameters[i] for i in chosen], [moves[i] for i in chosen], alpha=-rate)
@@ -165,26 +177,34 @@ class NaturalGradient(torch.optim.Optimizer):
             parameters = [p for group in self.param_groups for p in group["params"]]
             again, again_rows = evaluate_again(closure, self._capture, parameters, rows=bool(before))
             if predicted is not None:
-                self.damping.adapt(self.steps, float(again - loss) / predicted if predicted else math.nan)
-            after = evaluations(self._blocks, self.solvers, curvature, again_rows, self.steps)
-            curvature = followed(self.solvers, self.refresh, curvature, before, after, self.steps)
-        self.curvature = curvature
+                change = one_sign(self._own_groups()) * float(again - loss)
+                self.damping.adapt(self.steps, change / predicted if predicted else math.nan)
+            again_rows, _ = turned(again_rows, {}, upwards, self.fisher)
+            after = evaluations(self._blocks, solvers, curvature, again_rows, self.steps)
+            with without_autocast(self._generator.device):
+                curvature = followed(solvers, self.refresh, curvature, before, after, self.steps)
+            self._untouched.clear()
+        self._moved = Moved(context, moves) if self._watched else None
+        self.curvature, self.solvers, self._asked = curvature, solvers, asked
         self.steps += 1
+        self._wanting -= used.keys()
         # A refresh that found no forward pass to look at stays due.
         self._due = self.refresh.due(self.steps) or (self._due and not factors)
-        self._capture.armed = self._due or self._adapts()
+        self._arm()
         return loss
 
-    def _context(self, rows: Mapping[str, GradientRows]) -> tuple[Context, dict[Tensor, Tensor]]:
+    def _check_finite(self) -> None:
+        check_finite_gradients(self.param_groups, self.model, self.steps)
+
+    def _context(
+        self, groups: Mapping[Tensor, Group], rows: Mapping[str, GradientRows]
+    ) -> tuple[Context, dict[Tensor, Tensor]]:
         """What transforms may look at, and the gradients that autograd made, by parameter."""
         handed = {p for block in self._blocks if block.name in rows for p in block.parameters.values()}
         active = [
-            (p, group["lr"])
-            for group in self.param_groups[: self._composed]
-            for p in group["params"]
-            if p.grad is not None or p in handed
+            p for p in groups if p in handed or (p.grad is not None and (p in self._block_of or p in self._plain))
         ]
-        own = {p: p.grad for p, _ in active if p.grad is not None}
+        own = {p: -p.grad if groups[p]["maximize"] else p.grad for p in active if p.grad is not None}
 
         def explicit() -> list[Tensor]:
             whole = dict(own)
@@ -192,153 +212,60 @@ class NaturalGradient(torch.optim.Optimizer):
                 if block.name in rows:
                     vector = block_gradients([block], own, rows)[block.name].vector
                     whole.update((p, vector[name]) for name, p in block.parameters.items())
-            return [whole[p] for p, _ in active]
+            return [whole[p] for p in active]
 
         context = Context(
-            [p for p, _ in active],
+            active,
             given=explicit,
-            rates=[rate for _, rate in active],
+            rates=[float(groups[p]["lr"]) for p in active],
             step=self.steps,
-            blocks=tuple(self._block_of.get(p, "") for p, _ in active),
+            blocks=tuple(self._block_of.get(p, "") for p in active),
+            groups=tuple(groups[p] for p in active),
         )
         return context, own
 
-    def _transformed(self, directions: list[Tensor], context: Context, before: bool) -> list[Tensor]:
-        for index, transform in enumerate(self.transforms):
-            if transform.on_gradient == before and directions:
-                buffers = self._buffers(index, transform, context.parameters)
-                directions = transform.apply(directions, context, buffers)
-        return directions
+    def _switched(
+        self, used: Mapping[str, Factors]
+    ) -> tuple[dict[str, Solver], dict[str, Solver], dict[str, BlockState]]:
+        """Solvers, what they are called by, and states, where blocks with new rows begin with another solver."""
+        new = {name: self._wanted[name] for name in used if self._wanted[name] != self._asked[name]}
+        if not new:
+            return self.solvers, self._asked, self.curvature
+        made = self._division.at_work(new, [block for block in self._blocks if block.name in new])
+        fresh_states = {name: BlockState() for name in new}
+        return {**self.solvers, **made}, {**self._asked, **new}, {**self.curvature, **fresh_states}
 
     def _natural(
-        self, own: Mapping[Tensor, Tensor], rows: Mapping[str, GradientRows], factors: dict[str, Factors]
+        self,
+        renewal: Renewal,
+        states: Mapping[str, BlockState],
+        own: Mapping[Tensor, Tensor],
+        rows: Mapping[str, GradientRows],
+        factors: dict[str, Factors],
+        used: Mapping[str, Factors],
     ) -> tuple[dict[str, BlockState], dict[Tensor, Tensor]]:
         """New states of all blocks, and the natural gradient of every parameter in a block that has a gradient."""
         gradients = block_gradients(self._blocks, own, rows)
-        renewal = Renewal(self.solvers, self.damping, self.refresh)
-        curvature = renewal.renewed(self._blocks, self.curvature, factors if self._due else {}, gradients, self.steps)
+        curvature = renewal.renewed(self._blocks, states, used, gradients, self.steps)
         natural: dict[Tensor, Tensor] = {}
+        directions = natural_gradients(renewal.solvers, curvature, gradients)
         for block in self._blocks:
             if block.name in gradients:
-                state, solver, gradient = curvature[block.name], self.solvers[block.name], gradients[block.name]
-                direction = natural_gradient(solver, state, gradient)
-                if gradient.rows is not None and not self._fresh:
-                    self._check_direction(block.name, direction)
-                curvature[block.name] = replace(state, estimate=solver.remember(state.estimate, direction))
+                state, gradient, direction = curvature[block.name], gradients[block.name], directions[block.name]
+                if state.estimate is not None:
+                    estimate = renewal.solvers[block.name].remember(state.estimate, direction)
+                    curvature[block.name] = replace(state, estimate=estimate)
                 given = block.parameters if gradient.rows is not None else gradient.own
                 natural.update((block.parameters[name], direction[name]) for name in given)
+        inside = {p for block in self._blocks for p in block.parameters.values()}
+        others = [gradient for p, gradient in own.items() if p not in inside]
+        # Rows that are not finite have no Cholesky factor, so what an exact solver made of them needs no second look.
+        sound = {name for name in rows if self._fresh and renewal.solvers[name].exact}
+        looked = {name: direction for name, direction in directions.items() if name not in sound}
+        check_directions(looked, others, self.steps, cause=self._check_finite)
         if self._fused:
-            self._capture.hand_over(gaining(self._blocks, self.solvers, factors, self._fresh))
+            self._capture.hand_over(gaining(self._blocks, renewal.solvers, factors, self._fresh))
         return curvature, natural
 
-    # -- damping that follows the loss --------------------------------------------------------------------------------
-
-    def _adapts(self) -> bool:
-        return self.damping.needs_loss and self.damping.adapts_at(self.steps)
-
-    def _predicted(self, context: Context, moves: list[Tensor], factors: dict[str, Factors]) -> float:
-        """Change of the loss that the quadratic model of the whole network predicts for a step."""
-        changes = {p: -rate * move for p, rate, move in zip(context.parameters, context.rates, moves, strict=True)}
-        linear = sum(float((g * changes[p]).sum()) for p, g in zip(context.parameters, context.gradients, strict=True))
-        total: Tensor | float = 0.0
-        for block in self._blocks:
-            if block.name in factors:
-                names = block.parameters.items()
-                change = {name: changes[p] if p in changes else p.new_zeros(p.shape) for name, p in names}
-                total = total + factors[block.name].matvec(change)
-        normalizer = next(iter(factors.values())).normalizer
-        return linear + float((total * total).sum() if isinstance(total, Tensor) else 0.0) / (2 * normalizer)
-
-    def _buffers(self, index: int, transform: Transform, parameters: Iterable[Tensor]) -> dict[str, list[Tensor]]:
-        same = sum(type(other) is type(transform) for other in self.transforms[:index])
-        prefix = type(transform).__name__ + (str(same + 1) if same else "")
-        result: dict[str, list[Tensor]] = {}
-        for name in transform.buffers:
-            key = f"{prefix}.{name}"
-            for p in parameters:
-                if key not in self.state[p]:
-                    self.state[p][key] = torch.zeros_like(p)
-            result[name] = [self.state[p][key] for p in parameters]
-        return result
-
-    def _check_direction(self, block: str, direction: Mapping[str, Tensor]) -> None:
-        if not bool(torch.isfinite(torch.stack(torch._foreach_norm(list(direction.values())))).all()):
-            raise CaptureError(
-                f"step {self.steps}: the natural gradient of block {block!r} is not finite, as its gradient's rows are "
-                "not; parameters and state are unchanged. Look at the loss and the inputs, or lower the learning rate"
-            )
-
-    def _check_gradients(self, loss: Any, rows: Mapping[str, GradientRows]) -> None:
-        given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not given and not rows:
-            raise CaptureError("step() found no gradient: call loss.backward() before optimizer.step()")
-        if isinstance(loss, Tensor) and not bool(torch.isfinite(loss).all()):
-            raise CaptureError(f"step {self.steps}: the loss is {loss.tolist()}; parameters and state are unchanged")
-        if not given:
-            return
-        if any(p.grad.is_sparse for p in given if p.grad is not None):
-            raise CaptureError("gradients must be dense: set sparse=False on the embedding")
-        norms = torch._foreach_norm([p.grad for p in given if p.grad is not None])
-        finite = torch.isfinite(torch.stack([norm.to(norms[0]) for norm in norms]))
-        if not bool(finite.all()):
-            bad = [self._names.get(id(p), "?") for p, good in zip(given, finite.tolist(), strict=True) if not good]
-            raise CaptureError(
-                f"step {self.steps}: the gradient is not finite in {', '.join(bad)}; parameters and state are "
-                "unchanged. Look at the loss and the inputs, lower the learning rate, or scale the loss (GradScaler) "
-                "under float16"
-            )
-
-    # -- state --------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resumed run needs: buffers, estimates, inverses, ages, step and label source.
-
-        `torch.load(weights_only=True)` reads it back.
-        """
-        state = super().state_dict()
-        state["curvature"] = {
-            "version": _STATE_VERSION,
-            "steps": self.steps,
-            "due": self._due,
-            "damping": self.damping.state(),
-            "generator": self._generator.get_state(),
-            "blocks": pack(self.curvature),
-        }
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, whole or not at all.
-
-        Raises
-        ------
-        CurvatureError
-            If it holds no curvature, or that of other blocks or of another version.
-        """
-        saved = state_dict.get("curvature")
-        if not isinstance(saved, dict) or "blocks" not in saved:
-            raise CurvatureError("this state holds no curvature: it was not saved by a curvlib optimizer")
-        if saved.get("version") != _STATE_VERSION:
-            raise CurvatureError(
-                f"this state has version {saved.get('version')!r}, this curvlib reads {_STATE_VERSION}"
-            )
-        curvature = unpack(saved["blocks"])
-        if list(curvature) != list(self.curvature):
-            raise CurvatureError(
-                f"this state belongs to the blocks {list(curvature)}; the model has {list(self.curvature)}"
-            )
-        generator = saved["generator"].cpu()
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "curvature"})
-        self.curvature = curvature
-        self.steps = int(saved["steps"])
-        self._generator.set_state(generator)
-        self._capture.clear()
-        self.damping.restore(saved["damping"])
-        self._due = bool(saved["due"])
-        self._capture.armed = self._due or self._adapts()
-        self._link()
-
-    def _link(self) -> None:
-        """Let the inner AdamW see the same groups and state, so that schedulers and checkpoints reach it."""
-        if self._adamw is not None:
-            self._adamw.param_groups = self.param_groups[self._composed :]
-            self._adamw.state = self.state
+    def _arguments(self) -> dict[str, Any]:
+        return {**super()._arguments(), "on_failure": self.failures.policy}

@@ -11,9 +11,10 @@ from torch import nn
 
 from curvlib import solvers
 from curvlib.fisher import Categorical, Empirical, Exact, Likelihood, Sampled
+from curvlib.hyperparameters import checking
 from curvlib.precond.compose import compose
 from curvlib.precond.optimizer import NaturalGradient
-from curvlib.precond.refresh import Intervals, Refresh
+from curvlib.precond.refresh import Every, Intervals, Refresh
 from curvlib.precond.transforms import KLClip, Momentum, Transform, WeightDecay
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
 # ruff: noqa: N802
 
 
+@checking()
 def TENGraD(
     model: nn.Module,
     lr: float = 0.1,
@@ -78,6 +80,7 @@ def TENGraD(
     )
 
 
+@checking()
 def ExactNGD(
     model: nn.Module,
     lr: float = 0.1,
@@ -105,6 +108,7 @@ def ExactNGD(
     )
 
 
+@checking()
 def KFAC(
     model: nn.Module,
     lr: float = 0.03,
@@ -146,6 +150,7 @@ def KFAC(
     )
 
 
+@checking()
 def EKFAC(
     model: nn.Module,
     lr: float = 0.01,
@@ -159,10 +164,11 @@ def EKFAC(
 
     Parameters are those of `KFAC`; ``refresh`` must be a multiple of ``estimate_every``.
     """
-    solver = solvers.EKFAC(decay=decay, basis_every=max(1, refresh // estimate_every))
+    solver = solvers.EKFAC(decay=decay, basis_every=max(1, refresh // Every(estimate_every).steps))
     return KFAC(model, lr, damping, estimate_every, estimate_every, decay, solver=solver, **options)
 
 
+@checking()
 def SKFAC(
     model: nn.Module, lr: float = 0.03, damping: float = 0.03, refresh: int = 20, **options: Any
 ) -> NaturalGradient:
@@ -173,6 +179,7 @@ def SKFAC(
     return KFAC(model, lr, damping, refresh, refresh, solver=solvers.SKFAC(), **options)
 
 
+@checking()
 def HyLo(
     model: nn.Module,
     lr: float = 0.03,
@@ -203,6 +210,7 @@ def HyLo(
     return _empirical(model, solver, lr, damping, refresh, [*_clip(kl_clip)], **options)
 
 
+@checking()
 def SENG(
     model: nn.Module,
     lr: float = 0.03,
@@ -219,6 +227,7 @@ def SENG(
     return _empirical(model, solvers.SENG(columns=columns), lr, damping, refresh, [*_clip(kl_clip)], **options)
 
 
+@checking()
 def Eva(
     model: nn.Module,
     lr: float = 0.03,
@@ -233,6 +242,7 @@ def Eva(
     return _empirical(model, solvers.Eva(), lr, damping, 1, [*_clip(kl_clip)], **options)
 
 
+@checking()
 def MKOR(model: nn.Module, lr: float = 0.1, refresh: int = 10, **options: Any) -> NaturalGradient:
     """MKOR (NeurIPS 2023): rank-one updates of inverse Kronecker factors; each block keeps its gradient's length.
 
@@ -241,6 +251,7 @@ def MKOR(model: nn.Module, lr: float = 0.1, refresh: int = 10, **options: Any) -
     return _empirical(model, solvers.MKOR(), lr, 1.0, refresh, [], **options)
 
 
+@checking()
 def SINGD(
     model: nn.Module, lr: float = 0.01, damping: float = 1e-3, refresh: int = 10, rate: float = 0.05, **options: Any
 ) -> NaturalGradient:
@@ -252,6 +263,7 @@ def SINGD(
     return _empirical(model, solver, lr, damping, refresh, [], **options)
 
 
+@checking()
 def IKFAC(
     model: nn.Module, lr: float = 0.01, damping: float = 0.01, refresh: int = 10, rate: float = 0.05, **options: Any
 ) -> NaturalGradient:
@@ -263,6 +275,7 @@ def IKFAC(
     return _empirical(model, solver, lr, damping, refresh, [], **options)
 
 
+@checking()
 def SPRING(
     model: nn.Module,
     lr: float = 0.1,
@@ -279,6 +292,7 @@ def SPRING(
     return _empirical(model, solvers.SPRING(momentum=decay), lr, damping, 1, [*_clip(kl_clip)], **options)
 
 
+@checking()
 def FNGD(
     model: nn.Module,
     lr: float = 0.1,
@@ -295,6 +309,7 @@ def FNGD(
     return _empirical(model, solver, lr, damping, 1, [*_clip(kl_clip)], **options)
 
 
+@checking()
 def KBFGS(
     model: nn.Module,
     lr: float = 0.03,
@@ -310,6 +325,7 @@ def KBFGS(
     return _empirical(model, solvers.KBFGS(), lr, damping, refresh, [*_clip(kl_clip)], **options)
 
 
+@checking()
 def Shampoo(
     model: nn.Module,
     lr: float = 0.01,
@@ -325,6 +341,7 @@ def Shampoo(
     return _empirical(model, solvers.Shampoo(), lr, damping, Intervals(estimate_every, refresh), [], **options)
 
 
+@checking()
 def SOAP(model: nn.Module, lr: float = 3e-3, damping: float = 1e-8, **options: Any) -> NaturalGradient:
     """SOAP (Vyas et al. 2024, arXiv 2409.11321): Adam in Shampoo's eigenbasis.
 

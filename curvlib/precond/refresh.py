@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from curvlib.errors import ConfigurationError
+from curvlib.hyperparameters import Checked
 
 __all__ = ["Every", "Intervals", "OnEvidence", "Refresh", "When"]
 
 
-class Refresh(ABC):
+class Refresh(Checked, ABC):
     """Decides at which steps estimates and inverses are renewed."""
 
     tolerance: float | None = None

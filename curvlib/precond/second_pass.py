@@ -13,13 +13,15 @@ from curvlib.capture import Capture
 from curvlib.errors import CaptureError, ConfigurationError, NotPositiveDefiniteError
 from curvlib.factors import Factors
 from curvlib.layers import Block
+from curvlib.precond.backends import plain
 from curvlib.precond.curvature import BlockState
 from curvlib.precond.damping import Damping
 from curvlib.precond.refresh import Refresh
+from curvlib.precond.transforms import Context
 from curvlib.solvers import Solver
 from curvlib.solvers.base import Evaluation
 
-__all__ = ["evaluate_again", "evaluations", "followed", "needs_closure", "require_closure"]
+__all__ = ["evaluate_again", "evaluations", "followed", "needs_closure", "predicted_change", "require_closure"]
 
 
 def needs_closure(damping: Damping, solvers: Mapping[str, Solver]) -> str:
@@ -28,7 +30,7 @@ def needs_closure(damping: Damping, solvers: Mapping[str, Solver]) -> str:
         return f"{type(damping).__name__} compares the loss before and after steps"
     for block, solver in solvers.items():
         if solver.of_second_pass:
-            return f"{type(solver).__name__} (block {block!r}) compares the batch before and after steps"
+            return f"{type(plain(solver)).__name__} (block {block!r}) compares the batch before and after steps"
     return ""
 
 
@@ -79,6 +81,22 @@ def evaluations(
             }
             result[block.name] = Evaluation(parameters, factors[block.name])
     return result
+
+
+def predicted_change(
+    blocks: Sequence[Block], context: Context, moves: list[Tensor], factors: Mapping[str, Factors]
+) -> float:
+    """Change of the loss that the quadratic model of the whole network predicts for a step."""
+    changes = {p: -rate * move for p, rate, move in zip(context.parameters, context.rates, moves, strict=True)}
+    linear = sum(float((g * changes[p]).sum()) for p, g in zip(context.parameters, context.gradients, strict=True))
+    total: Tensor | float = 0.0
+    for block in blocks:
+        if block.name in factors:
+            names = block.parameters.items()
+            change = {name: changes[p] if p in changes else p.new_zeros(p.shape) for name, p in names}
+            total = total + factors[block.name].matvec(change)
+    normalizer = next(iter(factors.values())).normalizer
+    return linear + float((total * total).sum() if isinstance(total, Tensor) else 0.0) / (2 * normalizer)
 
 
 def evaluate_again(

@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from curvlib.errors import ConfigurationError
+from curvlib.hyperparameters import Checked
 
 __all__ = [
     "Context",
@@ -46,6 +47,8 @@ class Context:
         Number of the step, 0 for the first.
     blocks
         Names of the blocks that they belong to; "" outside every block.
+    groups
+        Their parameter groups; none where no optimizer has them.
     """
 
     parameters: list[Tensor]
@@ -53,11 +56,17 @@ class Context:
     rates: list[float]
     step: int
     blocks: tuple[str, ...] = ()
+    groups: tuple[Mapping[str, Any], ...] = ()
 
     @cached_property
     def gradients(self) -> list[Tensor]:
         """Gradients of the parameters."""
         return self.given() if callable(self.given) else self.given
+
+    def option(self, name: str, default: float) -> list[float]:
+        """Option of each parameter's group; `default` where a group has none, or None."""
+        given = [group.get(name) for group in self.groups] or [None] * len(self.parameters)
+        return [default if value is None else float(value) for value in given]
 
     def by_block(self) -> list[list[int]]:
         """Positions of the parameters of each block; a parameter outside every block is by itself."""
@@ -68,7 +77,7 @@ class Context:
         return list(groups.values())
 
 
-class Transform(ABC):
+class Transform(Checked, ABC):
     """One part of the update rule, a pure rule over declared state.
 
     A transform owns no tensors. The buffers that it declares are created as zeros of each parameter's shape, saved in
@@ -80,6 +89,9 @@ class Transform(ABC):
 
     on_gradient: bool = False
     """Whether it changes the gradient before the curvature instead of the natural gradient after it."""
+
+    needs_gradient: ClassVar[bool] = False
+    """Whether it looks at `Context.gradients`."""
 
     @abstractmethod
     def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
@@ -127,6 +139,7 @@ class GradientClip(Transform):
 
     norm: float
     on_gradient = True
+    needs_gradient = True
 
     def __post_init__(self) -> None:
         _require(self, "norm", self.norm, self.norm > 0, "> 0")
@@ -152,6 +165,7 @@ class KLClip(Transform):
     """
 
     bound: float = 1e-2
+    needs_gradient = True
 
     def __post_init__(self) -> None:
         _require(self, "bound", self.bound, self.bound > 0, "> 0")
@@ -206,6 +220,7 @@ class Graft(Transform):
     decays: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     buffers = ("first", "second")
+    needs_gradient = True
 
     def __post_init__(self) -> None:
         if self.method not in ("sgd", "adam"):
@@ -266,7 +281,7 @@ class Momentum(Transform):
     Parameters
     ----------
     decay
-        β in [0, 1).
+        β in [0, 1). ``momentum`` in a parameter group is that group's, and what schedulers cycle.
     nesterov
         Whether to look ahead: the step is ``direction + β m``.
     """
@@ -279,11 +294,11 @@ class Momentum(Transform):
         _require(self, "decay", self.decay, 0 <= self.decay < 1, "in [0, 1)")
 
     def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
-        momentum = buffers["momentum"]
-        torch._foreach_mul_(momentum, self.decay)
+        momentum, decays = buffers["momentum"], context.option("momentum", self.decay)
+        torch._foreach_mul_(momentum, decays)
         torch._foreach_add_(momentum, directions)
         if self.nesterov:
-            return list(torch._foreach_add(directions, momentum, alpha=self.decay))
+            return _foreach_sum(directions, momentum, decays)
         return momentum
 
 
@@ -297,7 +312,7 @@ class WeightDecay(Transform):
     Parameters
     ----------
     rate
-        ≥ 0.
+        ≥ 0. ``weight_decay`` in a parameter group is that group's.
     coupled
         Whether it is part of the gradient, and so preconditioned with it.
     """
@@ -310,9 +325,15 @@ class WeightDecay(Transform):
         object.__setattr__(self, "on_gradient", self.coupled)
 
     def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
-        if not self.rate:
-            return directions
-        return list(torch._foreach_add(directions, context.parameters, alpha=self.rate))
+        rates = context.option("weight_decay", self.rate)
+        return _foreach_sum(directions, context.parameters, rates) if any(rates) else directions
+
+
+def _foreach_sum(left: list[Tensor], right: list[Tensor], factors: list[float]) -> list[Tensor]:
+    """``left + factor · right``, one factor a tensor."""
+    if len(set(factors)) == 1:
+        return list(torch._foreach_add(left, right, alpha=factors[0]))
+    return list(torch._foreach_add(left, torch._foreach_mul(right, factors)))
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from curvlib.arrays import Array, Vector, is_finite
-from curvlib.errors import ConfigurationError, NotPositiveDefiniteError
+from curvlib.arrays import Array, Vector, require_finite
+from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors
+from curvlib.hyperparameters import Checked
 
 __all__ = ["Evaluation", "Gradient", "Solver"]
 
@@ -33,7 +34,7 @@ class Evaluation:
     factors: Factors
 
 
-class Solver(ABC):
+class Solver(Checked, ABC):
     """Turns the Factors of one block into products with its damped inverse curvature.
 
     A solver is an immutable object of hyperparameters. What it learns lives in two states that the caller keeps apart:
@@ -90,6 +91,21 @@ class Solver(ABC):
             If the damped curvature is not positive definite in its precision.
         """
 
+    def factorize_all(self, estimates: Sequence[Any], dampings: Sequence[float]) -> list[Any]:
+        """Do `factorize` for several blocks at once; a method whose blocks have equal sizes may batch them.
+
+        Parameters
+        ----------
+        estimates, dampings
+            One for each block.
+
+        Raises
+        ------
+        ConfigurationError, NotPositiveDefiniteError
+            As `factorize`, for any of the blocks.
+        """
+        return [self.factorize(estimate, damping) for estimate, damping in zip(estimates, dampings, strict=True)]
+
     @abstractmethod
     def solve(self, inverse: Any, gradient: Gradient) -> dict[str, Array]:
         """Return the natural gradient ``(curvature + damping · identity)⁻¹ gradient`` as a block vector.
@@ -101,6 +117,15 @@ class Solver(ABC):
         gradient
             A block vector, or fresh Factors that stand for one.
         """
+
+    def solve_all(self, inverses: Sequence[Any], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
+        """Do `solve` for several blocks at once, as `factorize_all` does."""
+        return [self.solve(inverse, gradient) for inverse, gradient in zip(inverses, gradients, strict=True)]
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether `update` begins with `Factors.compact`, so that rows may be brought to that form beforehand."""
+        return False
 
     def gains_from_rows(self, factors: Factors, same: bool) -> bool:
         """Whether `solve` is cheaper when the gradient comes as fresh rows instead of explicitly.
@@ -213,6 +238,4 @@ def check_finite(**arrays: Array) -> None:
         Naming the array.
     """
     for name, array in arrays.items():
-        if not is_finite(array):
-            what = f"{name.replace('_', ' ')} of shape {tuple(array.shape)} and dtype {array.dtype}"
-            raise NotPositiveDefiniteError(f"the {what} are not finite")
+        require_finite(name.replace("_", " "), array)

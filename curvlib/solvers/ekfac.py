@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import ClassVar, Literal, get_args
 
-from curvlib.arrays import Array, eigh, record
+from curvlib.arrays import Array, device, eigh, namespace, qr, record
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, KroneckerLayout, Sharing
 from curvlib.solvers.average import averaged, check_decay
@@ -13,6 +13,8 @@ from curvlib.solvers.base import Gradient, Solver, check_choice, check_damping
 from curvlib.solvers.kfac import KFAC, KFACEigen, KFACEstimate, rows_pay
 
 __all__ = ["EKFAC", "EKFACEstimate"]
+
+EKFACBasis = Literal["eigh", "qr"]
 
 
 @record
@@ -55,6 +57,10 @@ class EKFAC(Solver):
     basis_every
         Updates between changes of the eigenbasis; the moments are renewed at every update, and start anew with the
         basis.
+    basis
+        How the basis changes: "eigh", to the eigenvectors of A and G; "qr", by one step of orthogonal iteration from
+        the basis before, ``Q ← QR(A Q)`` with columns in the order of ``diag(Qᵀ A Q)``, which follows the eigenvectors
+        for less (as SOAP does, Vyas et al. 2024, arXiv 2409.11321, Algorithm 4). The first is always by eigh.
 
     Notes
     -----
@@ -67,9 +73,11 @@ class EKFAC(Solver):
     sharing: Sharing = "expand"
     decay: float = 0.95
     basis_every: int = 1
+    basis: EKFACBasis = "eigh"
 
     def __post_init__(self) -> None:
         check_decay(self.decay)
+        check_choice("basis", self.basis, get_args(EKFACBasis))
         check_choice("sharing", self.sharing, get_args(Sharing))
         if self.basis_every < 1:
             raise ConfigurationError(f"basis_every must be at least 1, got {self.basis_every!r}")
@@ -77,7 +85,11 @@ class EKFAC(Solver):
     def update(self, estimate: EKFACEstimate | None, factors: Factors) -> EKFACEstimate:
         pair = KFAC(self.sharing, self.decay).update(None if estimate is None else estimate.factors, factors)
         if estimate is None or estimate.count >= self.basis_every:
-            Q_A, Q_G = eigh(pair.inputs)[1], eigh(pair.cotangents)[1]
+            if estimate is None or self.basis == "eigh":
+                Q_A, Q_G = eigh(pair.inputs)[1], eigh(pair.cotangents)[1]
+            else:
+                Q_A = _followed(pair.inputs, estimate.inputs)
+                Q_G = _followed(pair.cotangents, estimate.cotangents)
             moments, count = None, 0
         else:
             Q_A, Q_G, moments, count = estimate.inputs, estimate.cotangents, estimate.moments, estimate.count
@@ -93,3 +105,16 @@ class EKFAC(Solver):
 
     def solve(self, inverse: KFACEigen, gradient: Gradient) -> dict[str, Array]:
         return KFAC(self.sharing, self.decay).solve(inverse, gradient)
+
+
+def _followed(matrix: Array, basis: Array) -> Array:
+    """Basis after one step of orthogonal iteration, shape ``(groups, d, d)``.
+
+    Columns are sorted first, those of large eigenvalues before the others: in this order alone the iteration leaves an
+    eigenbasis where it is when the matrix changes a little.
+    """
+    xp = namespace(matrix)
+    image = matrix @ basis
+    order = xp.argsort((basis * image).sum(axis=1), axis=1, descending=True)
+    group = xp.arange(order.shape[0], device=device(matrix))[:, None]
+    return qr(xp.matrix_transpose(xp.matrix_transpose(image)[group, order]))[0]

@@ -117,12 +117,11 @@ def mean_vectors(factors: Factors) -> tuple[Array, Array, KroneckerLayout]:
         If samples have several rows, or rows are no products of inputs and cotangents.
     """
     check_gradient_rows(factors)
-    apart = factors.kronecker_rows()
-    cotangents = apart.cotangents.sum(axis=1) / factors.normalizer
+    inputs, cotangents, layout = factors.kronecker_means()
+    cotangents = cotangents / factors.normalizer
     one = namespace(cotangents).ones_like(cotangents[:, :1])
-    if apart.layout.weight is None:
-        return one, cotangents, apart.layout
-    inputs = apart.inputs.sum(axis=1) / apart.inputs.shape[1]
-    if apart.layout.bias is not None:
+    if layout.weight is None:
+        return one, cotangents, layout
+    if layout.bias is not None:
         inputs = namespace(inputs).concat([inputs, one], axis=1)
-    return inputs, cotangents, apart.layout
+    return inputs, cotangents, layout

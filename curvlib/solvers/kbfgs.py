@@ -131,7 +131,7 @@ class KBFGS(Solver):
 
     def update(self, estimate: KBFGSEstimate | None, factors: Factors) -> KBFGSEstimate:
         mean, cotangents, layout = _means(factors)
-        moments = factors.kronecker_rows().input_moments()
+        moments = factors.kronecker().inputs
         if estimate is None:
             xp = namespace(cotangents)
             zeros = xp.zeros_like(cotangents)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, namespace, record
+from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, device, namespace, record
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Dense as DenseRows
 from curvlib.factors import Factors, Scaled, cat
@@ -74,6 +76,10 @@ class Woodbury(Solver):
     def exact(self) -> bool:
         return self.low_rank is None
 
+    @property
+    def keeps_rows(self) -> bool:
+        return True
+
     def update(self, estimate: WoodburyEstimate | Covariance | None, factors: Factors) -> WoodburyEstimate | Covariance:
         if factors.size <= len(factors):
             return Dense().update(None, factors)
@@ -91,6 +97,28 @@ class Woodbury(Solver):
         damping = check_damping(damping)
         return WoodburyInverse(estimate.factors, cholesky(add_diagonal(estimate.kernel, damping)), damping)
 
+    def factorize_all(self, estimates: Sequence[Any], dampings: Sequence[float]) -> list[Any]:
+        if type(self).factorize is not Woodbury.factorize:
+            return super().factorize_all(estimates, dampings)
+        # Kernels of all blocks have the size of the batch: one batched factorisation does for all that are of one kind.
+        inverses: list[Any] = [None] * len(estimates)
+        alike: dict[Any, list[int]] = {}
+        for place, estimate in enumerate(estimates):
+            if isinstance(estimate, WoodburyEstimate):
+                kind = (estimate.kernel.shape[0], estimate.kernel.dtype, device(estimate.kernel))
+                alike.setdefault(kind, []).append(place)
+            else:
+                inverses[place] = self.factorize(estimate, dampings[place])
+        for places in alike.values():
+            kernels = [estimates[place].kernel for place in places]
+            xp, values = namespace(*kernels), [check_damping(dampings[place]) for place in places]
+            added = xp.asarray(values, dtype=kernels[0].dtype, device=device(kernels[0]))
+            factors = cholesky(add_diagonal(xp.stack(kernels), added[:, None, None]))
+            for number, place in enumerate(places):
+                rows = estimates[place].factors
+                inverses[place] = WoodburyInverse(rows, factors[number], float(dampings[place]))
+        return inverses
+
     def gains_from_rows(self, factors: Factors, same: bool) -> bool:
         if not self.exact or factors.size <= len(factors):
             return False
@@ -99,24 +127,68 @@ class Woodbury(Solver):
     def solve(self, inverse: WoodburyInverse | DenseInverse, gradient: Gradient) -> dict[str, Array]:
         if isinstance(inverse, DenseInverse):
             return Dense().solve(inverse, gradient)
-        rows = inverse.factors
+        rhs, finish = self._posed(inverse, gradient)
+        return finish(cholesky_solve(inverse.factor, rhs))
+
+    def solve_all(self, inverses: Sequence[Any], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
+        if type(self).solve is not Woodbury.solve:
+            return super().solve_all(inverses, gradients)
+        results: list[Any] = [None] * len(inverses)
+        alike: dict[Any, list[tuple[int, Array, _Finish]]] = {}
+        for place, (inverse, gradient) in enumerate(zip(inverses, gradients, strict=True)):
+            if isinstance(inverse, WoodburyInverse):
+                kind = (inverse.factor.shape[0], inverse.factor.dtype, device(inverse.factor))
+                alike.setdefault(kind, []).append((place, *self._posed(inverse, gradient)))
+            else:
+                results[place] = self.solve(inverse, gradient)
+        for (n, *_), posed in alike.items():
+            for place, weights, finish in _solved(n, inverses, posed):
+                results[place] = finish(weights)
+        return results
+
+    def _posed(self, inverse: WoodburyInverse, gradient: Gradient) -> tuple[Array, _Finish]:
+        """Right-hand side of the kernel's system, and what makes the natural gradient of its solution."""
+        rows, damping = inverse.factors, inverse.damping
         if gradient is rows and self.exact:
-            return rows.rmatvec(cholesky_solve(inverse.factor, rows.row_weights(1 / rows.normalizer)))
+            return rows.row_weights(1 / rows.normalizer), rows.rmatvec
         if isinstance(gradient, Factors) and _cross_pays(gradient):
-            return _combined(inverse, gradient)
+            # One combination of the gradient's rows and the inverse's.
+            ones = gradient.row_weights(1 / gradient.normalizer)
+
+            def combine(weights: Array) -> dict[str, Array]:
+                both = namespace(ones).concat([ones, weights / -rows.normalizer]) / damping
+                return cat((gradient, rows)).rmatvec(both)
+
+            return rows.cross_gram(gradient) @ ones, combine
         vector = as_vector(gradient)
         check_block(vector, rows.shapes)
-        weights = cholesky_solve(inverse.factor, rows.matvec(vector)) / rows.normalizer
-        correction = rows.rmatvec(weights)
-        return {name: (vector[name] - correction[name]) / inverse.damping for name in vector}
+
+        def correct(weights: Array) -> dict[str, Array]:
+            correction = rows.rmatvec(weights / rows.normalizer)
+            return {name: (vector[name] - correction[name]) / damping for name in vector}
+
+        return rows.matvec(vector), correct
 
 
-def _combined(inverse: WoodburyInverse, gradient: Factors) -> dict[str, Array]:
-    """Natural gradient as one combination of the gradient's rows and the inverse's."""
-    rows, ones = inverse.factors, gradient.row_weights(1 / gradient.normalizer)
-    weights = cholesky_solve(inverse.factor, rows.cross_gram(gradient) @ ones) / rows.normalizer
-    both = namespace(ones).concat([ones, -weights]) / inverse.damping
-    return cat((gradient, rows)).rmatvec(both)
+_Finish = Callable[[Array], dict[str, Array]]
+
+_STACKED_UP_TO = 128
+"""Size of kernels up to which one call for all blocks is worth copying their factors together."""
+
+
+def _solved(
+    n: int, inverses: Sequence[WoodburyInverse], posed: Sequence[tuple[int, Array, _Finish]]
+) -> Iterator[tuple[int, Array, _Finish]]:
+    """Solve the systems of blocks whose kernels are of one size."""
+    if n > _STACKED_UP_TO or len(posed) == 1:
+        for place, rhs, finish in posed:
+            yield place, cholesky_solve(inverses[place].factor, rhs), finish
+        return
+    xp = namespace(posed[0][1])
+    factors = xp.stack([inverses[place].factor for place, _, _ in posed])
+    solutions = cholesky_solve(factors, xp.stack([rhs for _, rhs, _ in posed])[:, :, None])
+    for number, (place, _, finish) in enumerate(posed):
+        yield place, solutions[number, :, 0], finish
 
 
 def _cross_pays(factors: Factors) -> bool:

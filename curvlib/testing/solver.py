@@ -102,9 +102,9 @@ def example_factors() -> dict[str, Factors]:
     def outer(n: int, columns: int = 2, **names: str) -> Factors:
         return OuterProduct(numbers_of(n, 4), numbers_of(n, columns, 3, phase=1), samples=n, **names)
 
-    def shared(n: int, **names: str) -> Factors:
+    def shared(n: int, bias: str | None = None) -> Factors:
         inputs, cotangents = numbers_of(n, 5, 2, 3), numbers_of(n, 1, 5, 2, 2, phase=1)
-        return SharedOuter(inputs, cotangents, weight_shape=(4, 3), samples=n, **names)
+        return SharedOuter(inputs, cotangents, weight_shape=(4, 3), samples=n, bias=bias)
 
     return {
         "outer products": outer(3),

@@ -1,4 +1,5 @@
 import os
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_crash_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs.os, "fsync", crash)
     with pytest.raises(DataError, match="No space left"):
         save_checkpoint(tmp_path, {"steps": 9})
-    assert load_checkpoint(tmp_path)[0]["steps"] == 1
+    assert load_checkpoint(tmp_path) == ({"steps": 1, "tensor": ANY}, "")
     assert not list(tmp_path.glob(".*"))
 
 
@@ -99,7 +100,7 @@ def test_rename_that_fails(tmp_path, monkeypatch):
         raise OSError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(DataError, match="cannot be moved"):
+    with pytest.raises(DataError, match="cannot be written.*--out"):
         save_checkpoint(tmp_path, {"steps": 1})
 
 

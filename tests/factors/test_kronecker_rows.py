@@ -7,7 +7,7 @@ import pytest
 import torch
 from kinds import COLUMNS, KINDS, N, close, convolution, flat, numbers, onehot, outer, shared
 
-from curvlib.factors import Factors, SharedOuter
+from curvlib.factors import Factors, Scaled, SharedOuter, cost
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
@@ -79,3 +79,28 @@ def test_moments_in_a_kronecker_basis_and_the_matrix_form(kind):
         ones = torch.ones(*apart.inputs.shape[:2], 1, dtype=torch.float64)
         inputs = apart.inputs if layout.bias is None else torch.cat([apart.inputs, ones], 2)
         close(apart.project_inputs(basis[0]), inputs @ basis[0])
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+@pytest.mark.parametrize("cotangents", [False, True])
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "shared" in kind or "convolution" in kind])
+def test_moments_in_a_basis_whatever_is_rotated_first(kind, inputs, cotangents, chunked, monkeypatch):
+    factors = KINDS[kind]("torch").scaled(0.5)
+    apart = factors.kronecker_rows()
+    sizes = apart.input_moments().shape[-1], apart.cotangents.shape[2]
+    basis = [torch.linalg.qr(numbers("torch", apart.layout.groups, size, size, seed=1)).Q for size in sizes]
+    expected = Factors.rotated_squares(factors, *basis)
+    monkeypatch.setattr(cost, "rotates_positions", lambda sizes: cost.PositionsFirst(inputs, cotangents))
+    if chunked:
+        monkeypatch.setattr(cost, "_TEMPORARY", 1)
+    close(factors.rotated_squares(*basis), expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("dense", "low rank") and "sum" not in kind])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_scaled_pairs_are_pairs_of_scaled_rows(kind, sharing):
+    factors = KINDS[kind]("torch")
+    pair, expected = Scaled(factors, 3.0).kronecker(sharing), factors.kronecker(sharing)
+    close(pair.inputs, expected.inputs)
+    close(pair.cotangents, 9 * expected.cotangents)

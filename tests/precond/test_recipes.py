@@ -22,7 +22,7 @@ OPTIONS = {
     "HyLo": {"refresh": 10, "ratio": 0.3, "kl_clip": None},
     "IKFAC": {"refresh": 1},
     "KBFGS": {"damping": 0.1},
-    "KFAC": {"estimate_every": 5, "refresh": 20, "lr": 0.1, "weight_decay": 0.0},
+    "KFAC": {"estimate_every": 5, "refresh": 20, "lr": 0.05, "damping": 0.1, "weight_decay": 0.0},
     "SENG": {"refresh": 10, "lr": 0.1},
     "SINGD": {"refresh": 1, "lr": 0.003},
     "SKFAC": {"lr": 0.1, "damping": 0.1, "weight_decay": 0.0},

@@ -9,7 +9,7 @@ from curvlib.errors import ConfigurationError
 from curvlib.factors import Dense as DenseRows
 from curvlib.factors import OuterProduct
 from curvlib.solvers import EKFAC, KFAC, SKFAC, Diagonal, Identity
-from curvlib.solvers.kfac import KFACCholesky, KFACEigen
+from curvlib.solvers.kfac import KFACEigen, KFACInverse
 
 DAMPING = 0.3
 UPDATES = 4
@@ -48,7 +48,10 @@ def averages(seen, sharing, decay):
 @pytest.mark.parametrize("decay", [0.0, 0.8])
 @pytest.mark.parametrize(
     ("damping", "form"),
-    [("pi", "cholesky"), ("pi", "eigen"), ("plain", "cholesky"), ("plain", "eigen"), ("exact", "eigen")],
+    [
+        *((damping, form) for damping in ("pi", "plain") for form in ("cholesky", "inverse", "eigen")),
+        ("exact", "eigen"),
+    ],
 )
 def test_kfac_is_its_textbook_definition(build, sharing, decay, damping, form, library):
     seen, gradient, natural = run(KFAC(sharing, decay, damping, form), build, library)
@@ -64,10 +67,32 @@ def test_kfac_is_its_textbook_definition(build, sharing, decay, damping, form, l
 
 
 @pytest.mark.parametrize("damping", ["pi", "plain", "exact"])
-def test_kfac_takes_cholesky_wherever_the_damping_is_a_product(damping):
+def test_kfac_takes_the_eigenbasis_where_the_damping_is_no_product(damping):
     solver = KFAC(damping=damping)
     inverse = solver.factorize(solver.update(None, linear(torch.from_numpy, 0)), DAMPING)
-    assert isinstance(inverse, KFACEigen if damping == "exact" else KFACCholesky)
+    assert isinstance(inverse, KFACEigen if damping == "exact" else KFACInverse)
+
+
+@pytest.mark.parametrize(
+    ("d_in", "d_out", "form", "explicit"),
+    [
+        (5, 4, "auto", (True, True)),
+        (40, 2, "auto", (False, True)),
+        (2, 40, "auto", (True, False)),
+        (40, 2, "inverse", (True, True)),
+        (5, 4, "cholesky", (False, False)),
+    ],
+)
+def test_kfac_inverts_explicitly_what_is_used_by_many_right_hand_sides(d_in, d_out, form, explicit, library):
+    factors = OuterProduct(library(numbers(6, d_in)), library(numbers(6, d_out)))
+    solver = KFAC(form=form)
+    estimate = solver.update(None, factors)
+    inverse = stored(solver.factorize(estimate, DAMPING))
+    assert tuple(inverse.explicit) == explicit
+    expected = KFAC(form="eigen").factorize(estimate, DAMPING)
+    for gradient in (gradient_of(factors, library), factors):
+        for name, value in KFAC().solve(expected, gradient).items():
+            np.testing.assert_allclose(solver.solve(inverse, gradient)[name], value, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -89,6 +114,44 @@ def test_ekfac_rescales_in_the_eigenbasis(build, sharing, basis_every, library):
         moments = bias_corrected(history, decay)
         expected = Q_G @ ((Q_G.T @ gradient[group] @ Q_A) / (moments + DAMPING)) @ Q_A.T
         np.testing.assert_allclose(natural[group], expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("basis_every", [1, 2])
+def test_ekfac_follows_the_eigenbasis_by_orthogonal_iteration(build, basis_every, library):
+    decay = 0.8
+    seen, gradient, natural = run(EKFAC("expand", decay, basis_every, "qr"), build, library)
+    changes = range(0, UPDATES, basis_every)
+    for group in range(len(gradient)):
+        bases: list = [None, None]
+        for at in changes:
+            pair = list(averages(seen[: at + 1], "expand", decay))[group]
+            for side, matrix in enumerate(pair):
+                if at == 0:
+                    bases[side] = np.linalg.eigh(matrix)[1]
+                    continue
+                Q = bases[side]
+                Q = Q[:, np.argsort(-np.diag(Q.T @ matrix @ Q), kind="stable")]
+                bases[side] = np.linalg.qr(matrix @ Q)[0]
+        Q_A, Q_G = bases
+        history = []
+        for factors in seen[changes[-1] :]:
+            a, g = positions(factors)
+            rows = np.einsum("ncro,ncri->ncoi", g[:, :, :, group], a[:, :, :, group])
+            history.append((np.einsum("po,ncpq,qi->ncoi", Q_G, rows, Q_A) ** 2).sum((0, 1)) / factors.normalizer)
+        moments = bias_corrected(history, decay)
+        expected = Q_G @ ((Q_G.T @ gradient[group] @ Q_A) / (moments + DAMPING)) @ Q_A.T
+        np.testing.assert_allclose(natural[group], expected, rtol=1e-8, atol=1e-9)
+
+
+def test_following_an_eigenbasis_that_stays_leaves_it_where_it_is():
+    factors = linear(torch.from_numpy, 0)
+    solver = EKFAC(decay=0.0, basis="qr")
+    first = solver.update(None, factors)
+    second = solver.update(first, factors)
+    for matrix, basis in ((second.factors.inputs, second.inputs), (second.factors.cotangents, second.cotangents)):
+        rotated = basis.mT @ matrix @ basis
+        torch.testing.assert_close(rotated, torch.diag_embed(rotated.diagonal(dim1=1, dim2=2)), atol=1e-10, rtol=0)
 
 
 def test_ekfac_is_nearest_among_diagonals_in_its_basis():
@@ -181,8 +244,10 @@ def test_rows_without_a_kronecker_form_are_refused_with_what_to_use(solver):
         (lambda: KFAC("average"), "'expand', 'reduce'"),
         (lambda: KFAC(decay=1.0), r"\[0, 1\), got 1.0"),
         (lambda: KFAC(damping="tikhonov"), "'pi', 'plain', 'exact'"),
-        (lambda: KFAC(form="qr"), "'auto', 'cholesky', 'eigen'"),
-        (lambda: KFAC(damping="exact", form="cholesky"), "no Cholesky form: use form='eigen'"),
+        (lambda: KFAC(form="qr"), "'auto', 'cholesky', 'inverse', 'eigen'"),
+        (lambda: KFAC(damping="exact", form="cholesky"), "no Cholesky form .* use form='eigen'"),
+        (lambda: KFAC(damping="exact", form="inverse"), "no Cholesky form .* use form='eigen'"),
+        (lambda: EKFAC(basis="svd"), "'eigh', 'qr'"),
         (lambda: EKFAC("both"), "'expand', 'reduce'"),
         (lambda: SKFAC("both"), "'expand', 'reduce'"),
         (lambda: EKFAC(decay=-0.1), r"\[0, 1\)"),

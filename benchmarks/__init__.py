@@ -1,0 +1,1 @@
+"""What is measured: asv suites, peers, growth, and the tuning of the race."""

@@ -1,0 +1,88 @@
+"""Kernels beyond the array-API standard, from torch's own routines, on any of its devices."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+__all__ = [
+    "FAILURES",
+    "cholesky",
+    "cholesky_inverse",
+    "cholesky_solve",
+    "eigh",
+    "index_add",
+    "is_compiling",
+    "positions",
+    "qr",
+    "self_product",
+    "triangular_solve",
+]
+
+FAILURES = (torch.linalg.LinAlgError,)  # type: ignore[attr-defined]  # its stub forgets the name
+"""What a routine raises for a matrix that it cannot decompose."""
+
+_MIRROR_FROM = 512
+"""Rows from which three products of half the size are faster than one of the whole, on a CPU."""
+
+
+def cholesky(matrix: Tensor, wait: bool) -> tuple[Tensor, bool | Tensor]:
+    """Lower factor, and whether it is one: a bool, or where nobody waits for the device, a tensor on it."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    # LAPACK lets NaN through without a word; one anywhere in a row reaches the diagonal below it. A diagonal of square
+    # roots does not overflow when it is summed, and divided by a zero it is not finite.
+    total = (factor.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / (info == 0)).sum()
+    return factor, math.isfinite(total) if wait else torch.isfinite(total)
+
+
+def cholesky_inverse(factor: Tensor) -> Tensor:
+    """Inverse of L Lᵀ, in about a third of the time of solving for the identity."""
+    return torch.cholesky_inverse(factor)
+
+
+def cholesky_solve(factor: Tensor, rhs: Tensor) -> Tensor:
+    """Solution of L Lᵀ x = rhs."""
+    return torch.cholesky_solve(rhs, factor)
+
+
+def triangular_solve(factor: Tensor, rhs: Tensor, transposed: bool) -> Tensor:
+    """Solution of L x = rhs, or of Lᵀ x = rhs."""
+    solution: Tensor = torch.linalg.solve_triangular(factor.mT if transposed else factor, rhs, upper=transposed)
+    return solution
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors. On CUDA the routine itself waits for the device."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
+
+
+def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Q with orthonormal columns and R, reduced."""
+    Q, R = torch.linalg.qr(matrix)
+    return Q, R
+
+
+def self_product(matrix: Tensor) -> Tensor:
+    """A Aᵀ; torch has no symmetric product, so on a CPU the blocks above the diagonal are mirrored."""
+    n = matrix.shape[0]
+    if n < _MIRROR_FROM or matrix.device.type != "cpu":
+        return matrix @ matrix.T
+    half = n // 2
+    top, bottom = matrix[:half], matrix[half:]
+    corner = bottom @ top.T
+    upper = torch.cat([self_product(top), corner.T], dim=1)
+    return torch.cat([upper, torch.cat([corner, self_product(bottom)], dim=1)], dim=0)
+
+
+def index_add(size: int, index: Tensor, values: Tensor) -> Tensor:
+    """Eᵀ V for the one-hot rows E of the indices."""
+    return values.new_zeros((size, *values.shape[1:])).index_add_(0, index, values)
+
+
+def positions(counts: Tensor) -> Tensor:
+    """Every position as often as its count says, in order."""
+    return torch.repeat_interleave(counts)

@@ -1,0 +1,144 @@
+"""Which of several exact routes a block takes: by the cost model, by a choice of the user, or by timing once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from curvlib.arrays import Array, namespace
+from curvlib.errors import ConfigurationError
+from curvlib.factors.cost import Sizes
+
+__all__ = ["BlockPlan", "Plan", "Route"]
+
+_QUESTIONS = {"rows": ("grouped", "unfold"), "gram": ("pairs", "rows"), "keep": ("factored", "rows")}
+
+
+@dataclass(frozen=True)
+class Route:
+    """Routes that the user chooses for a block; None leaves a choice to the plan.
+
+    Parameters
+    ----------
+    rows
+        How a convolution makes explicit rows: one "grouped" weight gradient with samples as groups, or products of
+        cotangents with the "unfold"-ed input.
+    gram
+        Over "pairs" of positions, or from explicit "rows". Rows that are kept explicitly have their Gram from them.
+    keep
+        What is kept between refreshes: the "factored" form or explicit "rows".
+    """
+
+    rows: Literal["grouped", "unfold"] | None = None
+    gram: Literal["pairs", "rows"] | None = None
+    keep: Literal["factored", "rows"] | None = None
+
+    def __post_init__(self) -> None:
+        for question, answers in _QUESTIONS.items():
+            if getattr(self, question) not in (None, *answers):
+                raise ConfigurationError(
+                    f"Route needs {question} to be one of {', '.join(map(repr, answers))} or None, got "
+                    f"{getattr(self, question)!r}"
+                )
+
+
+class Plan:
+    """Routes of all blocks, each decided once for given sizes and remembered.
+
+    Every route is exact; they differ in time, memory and rounding.
+
+    Parameters
+    ----------
+    memory_limit
+        Bytes that the explicit rows of one block, or a temporary on the way to its Gram, may take. Rows that would be
+        larger are never held: their Gram is summed over parts of the parameters, and products use the factored form.
+        None for no limit but that on temporaries of pairs of positions. Rows that exist only explicitly (`Dense`, the
+        `torch.func` fallback) are not touched.
+    routes
+        Patterns of block names to `Route`; the first that matches wins.
+    timed
+        Whether candidates are timed when sizes are first met, instead of asking the cost model. The choice then depends
+        on the machine and the moment, and two runs may differ by rounding.
+
+    Raises
+    ------
+    ConfigurationError
+        If the limit is not a positive number of bytes, or a value of `routes` is no `Route`.
+    """
+
+    def __init__(
+        self, memory_limit: int | None = None, routes: Mapping[str, Route] | None = None, timed: bool = False
+    ) -> None:
+        if memory_limit is not None and (isinstance(memory_limit, bool) or not memory_limit > 0):
+            raise ConfigurationError(f"memory_limit is a positive number of bytes or None, got {memory_limit!r}")
+        for pattern, route in (routes or {}).items():
+            if not isinstance(route, Route):
+                raise ConfigurationError(f"the route of {pattern!r} must be a Route, got {route!r}")
+        self.memory_limit = memory_limit
+        self.routes = dict(routes or {})
+        self.timed = timed
+        self.measured: dict[tuple[str, Sizes], str] = {}
+
+    def of(self, block: str) -> BlockPlan:
+        """Return the plan of one block."""
+        matching = (route for pattern, route in self.routes.items() if fnmatchcase(block, pattern))
+        return BlockPlan(self, next(matching, Route()))
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """The part of a plan that Factors of one block carry with them."""
+
+    plan: Plan
+    route: Route
+
+    def choose(
+        self, question: str, sizes: Sizes, default: str, candidates: Mapping[str, Callable[[], Array]] | None = None
+    ) -> str:
+        """Answer one question of `Route`.
+
+        Parameters
+        ----------
+        question
+            Name of a field of `Route`.
+        sizes
+            Of the block.
+        default
+            What the cost model says.
+        candidates
+            What to time, where the plan does so: each answer's computation.
+        """
+        forced: str | None = getattr(self.route, question)
+        if forced is not None:
+            return forced
+        if not self.plan.timed or not candidates:
+            return default
+        key = (question, sizes)
+        if key not in self.plan.measured:
+            times = {answer: _seconds(compute) for answer, compute in candidates.items()}
+            self.plan.measured[key] = min(times, key=lambda answer: times[answer])
+        return self.plan.measured[key]
+
+    def exceeded(self, elements: int, array: Array) -> bool:
+        """Whether so many elements of the dtype of `array` are more than the limit allows."""
+        limit = self.plan.memory_limit
+        return limit is not None and elements * int(array.dtype.itemsize) > limit
+
+    def elements(self, array: Array) -> int:
+        """Elements of the dtype of `array` that the limit allows, at least one."""
+        return max(1, (self.plan.memory_limit or 0) // int(array.dtype.itemsize))
+
+
+def _seconds(compute: Callable[[], Array]) -> float:
+    _wait(compute())  # libraries prepare kernels at the first call
+    start = time.perf_counter()
+    _wait(compute())
+    return time.perf_counter() - start
+
+
+def _wait(array: Array) -> Any:
+    """Wait for the device to have made the array; only while timing."""
+    return bool(namespace(array).isfinite(array.reshape(-1)[0]))

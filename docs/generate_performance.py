@@ -1,0 +1,205 @@
+"""Write docs/performance.md from the committed measurements: ``python docs/generate_performance.py``.
+
+They are ``growth/growth.json``, ``peers/peers.json`` and ``asv/*/*.json`` in benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.peers import report  # noqa: E402
+from benchmarks.record import PROVISIONAL, table, where  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+TEXT = """# Performance
+
+<!-- Written by docs/generate_performance.py from benchmarks/results; edit that, not this. -->
+
+Every number below is generated from a committed JSON file. `make figures` measures them all again and rewrites the
+tables (under 25 minutes on an idle machine), `make bench-peers` those of other libraries alone.
+
+## How it is measured
+
+Claims about speed are ratios to SGD with momentum *in the same process*: each window of a method has a window of SGD
+right before it, and the median over rounds of their ratio is reported. What slows the whole machine slows both. Time
+is wall clock, threads are pinned, `OMP_WAIT_POLICY=PASSIVE` keeps waiting threads from spinning, data are random,
+hyperparameters are the same for all and nothing is tuned: it is the cost of a step, no claim about convergence.
+Memory is the peak of the resident set of a process of its own for each method, minus that of SGD's process.
+
+{conditions}
+
+## What a step costs
+
+A whole step (zero_grad, forward, backward, curvature, update) over one of SGD; W1 is an MLP 784-1000-500-10, W2 three
+convolutions, W3 ResNet-20, W4 two transformer encoder layers, "b" the batch. The README has the same
+table with other libraries.
+
+{ratios}
+Peak memory above SGD's, MB:
+
+{megabytes}
+## Where the time goes
+
+A fresh TENGraD step of the empirical Fisher, in milliseconds; its parts measured alone. Rows and Gram grow with the
+data that a layer sees, the factorisation with the cube of the batch, the solve is as dear as one weight gradient.
+
+{anatomy}
+{growth_where}
+
+**Routes.** A layer's Gram and products have several exact routes, which differ by an order of magnitude either way: a
+Hadamard product of two small Grams (no sharing), pairs of positions, explicit rows from a grouped weight gradient, or
+from unfolded patches. `curvlib.factors.cost` picks one from the sizes alone, by counting multiply-adds and charging a
+pass over memory at what it costs against arithmetic. The choice is deterministic and the same on every machine, and
+`curvlib.explain` shows what it costs. No temporary above 64 MiB (in float32) is made where work can be split.
+
+**Fused.** `compose(..., fused=True)` hands the gradient to solvers that gain from it as rows, from the second step
+on. With fresh empirical factors the exact natural gradient is `Jᵀw` with `w = (K + λI)⁻¹1/n`, at the price of one
+weight gradient; the ordinary one, of the same price, is then never made. With sampled labels or stale factors `J g`
+becomes a cross-Gram where that is cheaper. It is for loops that do not look at `.grad` themselves.
+
+**Refresh.** With `refresh=T` rows, Gram and factorisation are paid once in T steps; two products with the kept rows
+remain.
+
+## Growth
+
+Exponents of the power law that fits best, against those of the number of multiply-adds (or of elements held) over the
+same sizes: the theory. Measured exponents are lower where small sizes pay costs that do not grow, and where large
+products run at a better rate than small ones.
+
+{growth}
+## How near to the machine
+
+Share of the rate of a large matrix product on the same machine ({product:.0f} GFLOP/s), for Linear blocks 1024 wide.
+The Gram is counted as the full product, 4 n² d; symmetry, which is used from 512 rows on, can take it above what it
+would reach otherwise. A Cholesky factorisation is counted as n³/3.
+
+{roofline}
+## Inversion
+
+The time to factorise and solve for all of a network's blocks, against LAPACK's Cholesky and triangular solves alone
+on the same matrices (batched, damped beforehand). At most 1/0.6 = 1.67 is asked for.
+
+{inversion}
+## History
+
+Medians over this repository's own commits ({machine}), `python -m benchmarks.history`: milliseconds to factorise and
+solve for 20 blocks, by batch.{provisional}
+
+{history}
+The same results as <a href="asv/index.html">asv's pages</a>, which `make docs` builds beside this one: the grid shows
+one plot a benchmark, with a line for each combination of parameters; the boxes on the left choose which. Dots are
+commits, and "Regressions" lists where a line has stepped up. (The pages load their plotting library from the
+network.)
+
+`make bench` runs every suite once on the commit at hand and prints the tables. `make bench-compare BASE=v0.1` runs
+the inversion suites on two commits, in environments of their own, and fails if one became more than {threshold} times
+slower.
+"""
+
+THRESHOLD, TORCH = 1.3, ("SGD, momentum", "Adam")
+
+
+def load(path: str) -> dict[str, Any]:
+    """Return a committed measurement."""
+    return json.loads((RESULTS / path).read_text(encoding="utf-8"))
+
+
+def own_rows(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of curvlib and torch alone."""
+    workloads = {
+        workload: {
+            name: cell
+            for name, cell in cells.items()
+            if name.startswith("curvlib") or name in ("SGD, momentum", "Adam")
+        }
+        for workload, cells in results["workloads"].items()
+    }
+    return {**results, "workloads": workloads}
+
+
+def anatomy(growth: dict[str, Any]) -> str:
+    """Return the table of a step's parts."""
+    names = ("sgd", "tengrad", "rows_and_gram", "factorize", "solve")
+    rows = [[name, *(f"{parts[part]:.2f}" for part in names)] for name, parts in growth["anatomy"].items()]
+    return table(["workload", "SGD step", "TENGraD step", "rows and Gram", "factorisation", "solve"], rows)
+
+
+def slopes(growth: dict[str, Any]) -> str:
+    """Return measured exponents and the theory's."""
+    rows = []
+    for entry in growth["growth"]:
+        values, amounts = entry["values"], entry["amounts"]
+        ends = f"{amounts[0]:.3g} … {amounts[-1]:.3g} {entry['unit']}"
+        rows.append(
+            [entry["quantity"], entry["axis"], f"{values[0]} … {values[-1]}", ends,
+             f"{entry['slope']:.2f}", f"{entry['theory']:.2f}"]
+        )  # fmt: skip
+    return table(["quantity", "against", "from … to", "measured", "exponent", "theory"], rows)
+
+
+def roofline(growth: dict[str, Any]) -> str:
+    """Return the shares of the rate of a large product."""
+    product = growth["roofline"]["product"]
+    rows = [
+        [row["n"], f"{100 * row['gram'] / product:.0f} %", f"{100 * row['factorize'] / product:.0f} %"]
+        for row in growth["roofline"]["rows"]
+    ]
+    return table(["rows", "Gram", "factorisation"], rows)
+
+
+def inversion(growth: dict[str, Any]) -> str:
+    """Return inversion against LAPACK."""
+    rows = [
+        [
+            f"{row['n']} × {row['n']}",
+            row["blocks"],
+            f"{row['ms']:.2f}",
+            f"{row['lapack_ms']:.2f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in growth["inversion"]
+    ]
+    return table(["matrices", "blocks", "curvlib, ms", "LAPACK, ms", "ratio"], rows)
+
+
+def history() -> tuple[str, str]:
+    """Return the machine of asv's results, and the inversion times by commit, oldest first."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("asv/*/*-*.json"))]
+    name, rows, batches = "inversion.Network.time_inversion", [], []
+    for result in sorted(results, key=lambda result: result["date"]):
+        values, (batches, _), *_ = result["results"][name]
+        rows.append([f"`{result['commit_hash'][:7]}`", *(f"{1e3 * value:.2f}" for value in values)])
+    return results[0]["params"]["machine"], table(["commit", *batches], rows)
+
+
+def text() -> str:
+    """Return the whole page."""
+    peers, growth = own_rows(load("peers/peers.json")), load("growth/growth.json")
+    machine, past = history()
+    return TEXT.format(
+        conditions=report.conditions({**peers, "missing": {}, "environment": {**peers["environment"], "packages": {}}}),
+        ratios=report.ratios(peers),
+        megabytes=report.megabytes(peers),
+        anatomy=anatomy(growth),
+        growth_where=where(growth["environment"]),
+        growth=slopes(growth),
+        product=growth["roofline"]["product"],
+        roofline=roofline(growth),
+        inversion=inversion(growth),
+        machine=machine,
+        history=past,
+        provisional=f" {PROVISIONAL}" if growth["environment"]["provisional"] else "",
+        threshold=THRESHOLD,
+    )
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("performance.md").write_text(text(), encoding="utf-8")

@@ -1,0 +1,221 @@
+"""Kernels of every library side by side: the same names, the same answers; CuPy's followed on NumPy's arrays."""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import array_api_compat
+import numpy as np
+import pytest
+import torch
+from libraries import EVERY, MAKE, READ
+from numpy_as_cupy import modules
+
+from curvlib import arrays
+from curvlib.errors import ConfigurationError, NotPositiveDefiniteError
+
+ROOT = Path(arrays.__file__).parent.parent
+LIBRARIES = [*EVERY, "numpy as cupy"]
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request, monkeypatch):
+    """Make and read arrays of a library."""
+    if request.param != "numpy as cupy":
+        return MAKE[request.param], READ[request.param]
+    for name, module in modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "curvlib.arrays.cupy_kernels", raising=False)
+    module = importlib.import_module("curvlib.arrays.cupy_kernels")
+    monkeypatch.delitem(sys.modules, "curvlib.arrays.cupy_kernels")
+    monkeypatch.setitem(arrays.namespace.__globals__["_KERNELS"], np.ndarray, module)
+    return np.asarray, np.asarray
+
+
+def numbers(*shape):
+    return np.random.default_rng(list(shape)).standard_normal(shape)
+
+
+def spd(*batch, n=5):
+    root = numbers(*batch, n, n)
+    return root @ np.swapaxes(root, -1, -2) + np.eye(n)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("columns", [1, 4])
+def test_factorisations_and_solves(library, batch, columns):
+    make, read = library
+    matrix, rhs = spd(*batch), numbers(*batch, 5, columns)
+    factor = np.linalg.cholesky(matrix)
+    np.testing.assert_allclose(read(arrays.cholesky(make(matrix))), factor, atol=1e-12)
+    noisy = make(factor + np.triu(np.full_like(factor, 9.0), 1))  # above the diagonal nothing is looked at
+    for transposed, left in ((False, factor), (True, np.swapaxes(factor, -1, -2))):
+        found = read(arrays.triangular_solve(noisy, make(rhs), transposed))
+        np.testing.assert_allclose(found, np.linalg.solve(left, rhs), atol=1e-12)
+    solved = read(arrays.cholesky_solve(make(factor), make(rhs)))
+    np.testing.assert_allclose(solved, np.linalg.solve(matrix, rhs), atol=1e-12)
+    np.testing.assert_allclose(read(arrays.cholesky_inverse(make(factor))), np.linalg.inv(matrix), atol=1e-12)
+    inverse = read(arrays.cholesky_inverse(make(factor)))
+    np.testing.assert_allclose(inverse, np.linalg.inv(matrix), atol=1e-12)
+    np.testing.assert_array_equal(inverse, np.swapaxes(inverse, -1, -2))
+    values, vectors = (read(part) for part in arrays.eigh(make(matrix)))
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix), atol=1e-12)
+    np.testing.assert_allclose(vectors * values[..., None, :] @ np.swapaxes(vectors, -1, -2), matrix, atol=1e-12)
+    Q, R = (read(part) for part in arrays.qr(make(rhs)))
+    np.testing.assert_allclose(Q @ R, rhs, atol=1e-12)
+    np.testing.assert_allclose(
+        np.swapaxes(Q, -1, -2) @ Q, np.broadcast_to(np.eye(columns), (*batch, columns, columns)), atol=1e-12
+    )
+
+
+def test_vectors_are_solved_for_too(library):
+    make, read = library
+    factor, rhs = np.linalg.cholesky(spd()), numbers(5)
+    np.testing.assert_allclose(read(arrays.triangular_solve(make(factor), make(rhs))), np.linalg.solve(factor, rhs))
+    np.testing.assert_allclose(read(arrays.cholesky_solve(make(factor), make(rhs))), np.linalg.solve(spd(), rhs))
+
+
+@pytest.mark.parametrize("n", [1, 7, 600, 1025])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_symmetric_products(library, n, order):
+    make, read = library
+    matrix = np.asarray(numbers(n, 3), order=order)
+    found = read(arrays.self_product(make(matrix)))
+    np.testing.assert_allclose(found, matrix @ matrix.T, atol=1e-12)
+
+
+@pytest.mark.parametrize("rest", [(), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
+@pytest.mark.parametrize("m", [0, 9])
+def test_one_hot_products(library, rest, dtype, m):
+    make, read = library
+    index, values = np.random.default_rng(m).integers(4, size=m), (10 * numbers(m, *rest)).astype(dtype)
+    found = read(arrays.index_add(4, make(index), make(values)))
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, np.tensordot(np.eye(4)[index].T, values, 1), rtol=1e-5)
+    here, there = (read(part) for part in arrays.equal_pairs(make(index), make(index[::2].copy())))
+    table = np.zeros((m, len(index[::2])), dtype=int)
+    table[here, there] += 1
+    np.testing.assert_array_equal(table, index[:, None] == index[None, ::2])
+
+
+@pytest.mark.parametrize("stack", [False, True])
+@pytest.mark.parametrize("bad", [-np.eye(3), np.zeros((3, 3)), np.full((3, 3), np.nan), np.diag([1.0, np.inf, 1.0])])
+def test_what_cannot_be_factorised_is_refused(library, bad, stack):
+    make, _ = library
+    matrix = make(np.stack([np.eye(3), bad]) if stack else bad)
+    with pytest.raises(NotPositiveDefiniteError, match=re.escape(str(tuple(matrix.shape)))):
+        arrays.cholesky(matrix)
+    if not np.isfinite(bad).all():
+        with pytest.raises(NotPositiveDefiniteError, match="it is not finite"):
+            arrays.eigh(matrix)
+        with pytest.raises(NotPositiveDefiniteError, match="the rows of shape"):
+            arrays.require_finite("rows", matrix)
+
+
+def test_an_iteration_that_does_not_converge_is_refused(monkeypatch):
+    def diverges(matrix):
+        raise np.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(np.linalg, "eigh", diverges)
+    with pytest.raises(NotPositiveDefiniteError, match="no convergence"):
+        arrays.eigh(np.eye(3))
+
+
+def test_numpy_without_scipy_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.delitem(sys.modules, "curvlib.arrays.numpy_kernels")
+    with pytest.raises(ConfigurationError, match=r"pip install 'curvlib\[numpy\]'"):
+        importlib.import_module("curvlib.arrays.numpy_kernels")
+
+
+def test_other_arrays_have_no_kernels():
+    with pytest.raises(TypeError, match="list is no array"):
+        arrays.kernels([1.0])
+
+
+# -- the same names everywhere ----------------------------------------------------------------------------------------
+
+
+def functions(path):
+    """Names of a module's public functions, with those of their parameters."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    return {node.name: [argument.arg for argument in node.args.args] for node in named}
+
+
+def test_kernels_have_the_same_names_and_parameters():
+    first, *others = (functions(ROOT / "arrays" / f"{name}_kernels.py") for name in ("torch", "numpy", "cupy"))
+    assert first.keys() >= {"cholesky", "cholesky_solve", "eigh", "index_add", "qr", "self_product", "triangular_solve"}
+    assert others == [first, first]
+
+
+def used(path):
+    """Names that a file takes from an array namespace: ``xp.name``, ``xp.linalg.name``, ``namespace(…).name``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            owner = node.value
+            linear = isinstance(owner, ast.Attribute) and owner.attr == "linalg"
+            owner = owner.value if linear else owner
+            called = isinstance(owner, ast.Call) and getattr(owner.func, "id", "") == "namespace"
+            if called or getattr(owner, "id", "") == "xp":
+                found.add(f"linalg.{node.attr}" if linear else node.attr)
+    return found
+
+
+NAMES = sorted(
+    set().union(*(used(path) for room in ("arrays", "factors", "solvers") for path in (ROOT / room).glob("*.py")))
+)
+
+
+def lacking(namespace):
+    def has(name):
+        owner = namespace
+        for part in name.split("."):
+            owner = getattr(owner, part, None)
+        return owner is not None
+
+    return [name for name in NAMES if not has(name)]
+
+
+@pytest.mark.parametrize("example", [torch.zeros(1), np.zeros(1)], ids=["torch", "numpy"])
+def test_every_name_that_is_used_exists(example):
+    assert len(NAMES) > 30
+    assert lacking(array_api_compat.array_namespace(example)) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy (no GPU)")
+def test_every_name_that_is_used_exists_in_cupy():
+    assert lacking(importlib.import_module("array_api_compat.cupy")) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy (no GPU)")
+def test_cupy_has_the_routines_with_the_parameters_that_are_given():
+    import cupy
+    import cupyx
+
+    expected = {
+        cupy.linalg.cholesky: ["a"],
+        cupy.linalg.eigh: ["a"],
+        cupy.linalg.qr: ["a"],
+        cupyx.errstate: ["linalg"],
+        cupyx.scatter_add: ["a", "slices", "value"],
+        cupy.cuda.Stream.from_external: ["obj"],
+        cupy.searchsorted: ["a", "v", "side"],
+    }
+    for function, parameters in expected.items():
+        assert set(parameters) <= set(inspect.signature(function).parameters), function
+    for compiled in (cupy.from_dlpack, cupy.cuda.using_allocator, cupy.cuda.PythonFunctionAllocator, cupy.cuda.Device):
+        assert callable(compiled)
+    try:
+        from cupy.cublas import syrk
+        from cupyx.scipy.linalg import solve_triangular
+    except ImportError as error:
+        pytest.skip(f"CuPy is here, CUDA's libraries are not: {error}")
+    assert set(inspect.signature(syrk).parameters) >= {"trans", "a", "out", "lower"}
+    assert set(inspect.signature(solve_triangular).parameters) >= {"a", "b", "trans", "lower"}
