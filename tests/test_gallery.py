@@ -108,7 +108,7 @@ def test_every_script_has_its_claim():
     assert sorted(CLAIMS) == sorted(path.stem for path in GALLERY.glob("*.py"))
 
 
-@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("script", CLAIMS)
 def test_what_a_page_says_holds(script, capsys):
     page = runpy.run_path(os.fspath(GALLERY / f"{script}.py"))

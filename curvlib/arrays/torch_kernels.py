@@ -25,6 +25,9 @@ __all__ = [
 FAILURES = (torch.linalg.LinAlgError,)  # type: ignore[attr-defined]  # its stub forgets the name
 """What a routine raises for a matrix that it cannot decompose."""
 
+_SPLIT_UP_TO, _PART = 128, 2048
+"""Rows up to which, and columns by which, a long product is cut on a CPU."""
+
 _MIRROR_FROM = 512
 """Rows from which three products of half the size are faster than one of the whole, on a CPU."""
 
@@ -68,8 +71,16 @@ def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def self_product(matrix: Tensor) -> Tensor:
     """A Aᵀ; torch has no symmetric product, so on a CPU the blocks above the diagonal are mirrored."""
-    n = matrix.shape[0]
-    if n < _MIRROR_FROM or matrix.device.type != "cpu":
+    n, d = matrix.shape
+    if matrix.device.type != "cpu":
+        return matrix @ matrix.T
+    if n <= _SPLIT_UP_TO and d >= 4 * _PART:
+        # A flat product is cut along its short sides by BLAS; cut along the long one, its parts stay in the cache.
+        whole = d - d % _PART
+        parts = matrix[:, :whole].reshape(n, -1, _PART).transpose(0, 1)
+        total: Tensor = torch.bmm(parts, parts.mT).sum(0)
+        return total if whole == d else total + matrix[:, whole:] @ matrix[:, whole:].T
+    if n < _MIRROR_FROM:
         return matrix @ matrix.T
     half = n // 2
     top, bottom = matrix[:half], matrix[half:]

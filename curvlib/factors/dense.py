@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from curvlib.arrays import Array, Vector, device, namespace
+from curvlib.arrays import Array, Vector, device, namespace, self_product
 from curvlib.errors import ConfigurationError
 from curvlib.factors.base import Factors, joint_samples
 
@@ -69,7 +69,11 @@ class Dense(Factors):
         return full_rows(next(iter(self.values.values())), len(self), value)
 
     def gram(self) -> Array:
-        return self.cross_gram(self)
+        total = None
+        for array in self.values.values():
+            product = self_product(array.reshape(len(self), -1))
+            total = product if total is None else total + product
+        return total
 
     def cross_gram(self, other: Factors) -> Array:
         self._require_same_block(other)

@@ -27,6 +27,7 @@ def network():
 model = network()
 NAMES = {"0": "first layer", "2": "second layer", "4": "last layer"}
 probe = images[:64].double()
+BATCH = 128
 
 # %%
 # The spectrum of a block is that of its kernel
@@ -55,7 +56,7 @@ torch.manual_seed(0)
 trace_difference = max(abs(float(first[name].sum() / traces[name]) - 1) for name in NAMES)
 snapshots, step = {0: first}, 0
 for _ in range(6):
-    for index in torch.randperm(len(images)).split(128):
+    for index in torch.randperm(len(images)).split(BATCH):
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(images[index]), labels[index])
         loss.backward()
@@ -104,7 +105,7 @@ plt.show()
 
 for name, title in NAMES.items():
     most, last = max(dimensions[name]), dimensions[name][-1]
-    print(f"{title}: {most:.1f} directions at most, {last:.1f} at the end, of one for each sample")
+    print(f"{title}: {most:.1f} directions at most, {last:.1f} at the end, of {BATCH} rows")
 
 # %%
 # A λ that stays where it is does not mean the same all along: reason for ``Schedule`` or ``TraceRelative``

@@ -38,7 +38,7 @@ def train(lr, damping, refresh):
         return torch.nn.functional.cross_entropy(model(images), labels).item(), seconds
 
 
-train(0.1, 0.1, 1)  # the first run of a process pays for its start
+_ = train(0.1, 0.1, 1)  # the first run of a process pays for its start
 
 # %%
 # Learning rate and damping belong together

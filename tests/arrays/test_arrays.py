@@ -96,3 +96,11 @@ def test_foreign_state_is_refused():
     packed = arrays.pack(OuterProduct(torch.ones(2, 3), torch.ones(2, 1, 2)))
     with pytest.raises(CurvatureError, match="does not fit this version"):
         arrays.unpack({**packed, "surplus": 1})
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (7, 9000), (128, 8192), (130, 9000), (513, 40)])
+def test_a_product_with_itself_is_the_same_however_it_is_cut(shape):
+    rows = torch.cos(torch.arange(shape[0] * shape[1], dtype=torch.float64) ** 2).reshape(shape)
+    expected = torch.einsum("id,jd->ij", rows, rows)
+    torch.testing.assert_close(arrays.self_product(rows), expected, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(arrays.self_product(rows.T.contiguous().T), expected, rtol=1e-12, atol=1e-9)
