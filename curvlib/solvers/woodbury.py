@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from curvlib.factors.lowrank import truncated
 from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping
 from curvlib.solvers.dense import Covariance, Dense, DenseInverse
 
-__all__ = ["Woodbury", "WoodburyEstimate", "WoodburyInverse"]
+__all__ = ["Woodbury", "WoodburyEstimate", "WoodburyInverse", "kernel_solutions"]
 
 
 @record
@@ -109,7 +109,11 @@ class Woodbury(Solver):
                 alike.setdefault(kind, []).append(place)
             else:
                 inverses[place] = self.factorize(estimate, dampings[place])
-        for places in alike.values():
+        for (n, _, where), places in alike.items():
+            if not _stacking_pays(n, where) or len(places) == 1:
+                for place in places:
+                    inverses[place] = self.factorize(estimates[place], dampings[place])
+                continue
             kernels = [estimates[place].kernel for place in places]
             xp, values = namespace(*kernels), [check_damping(dampings[place]) for place in places]
             added = xp.asarray(values, dtype=kernels[0].dtype, device=device(kernels[0]))
@@ -141,9 +145,10 @@ class Woodbury(Solver):
                 alike.setdefault(kind, []).append((place, *self._posed(inverse, gradient)))
             else:
                 results[place] = self.solve(inverse, gradient)
-        for (n, *_), posed in alike.items():
-            for place, weights, finish in _solved(n, inverses, posed):
-                results[place] = finish(weights)
+        for posed in alike.values():
+            weights = kernel_solutions([inverses[place].factor for place, _, _ in posed], [rhs for _, rhs, _ in posed])
+            for (place, _, finish), solution in zip(posed, weights, strict=True):
+                results[place] = finish(solution)
         return results
 
     def _posed(self, inverse: WoodburyInverse, gradient: Gradient) -> tuple[Array, _Finish]:
@@ -172,23 +177,29 @@ class Woodbury(Solver):
 
 _Finish = Callable[[Array], dict[str, Array]]
 
-_STACKED_UP_TO = 128
-"""Size of kernels up to which one call for all blocks is worth copying their factors together."""
+_STACKED_UP_TO = 64
 
 
-def _solved(
-    n: int, inverses: Sequence[WoodburyInverse], posed: Sequence[tuple[int, Array, _Finish]]
-) -> Iterator[tuple[int, Array, _Finish]]:
-    """Solve the systems of blocks whose kernels are of one size."""
-    if n > _STACKED_UP_TO or len(posed) == 1:
-        for place, rhs, finish in posed:
-            yield place, cholesky_solve(inverses[place].factor, rhs), finish
-        return
-    xp = namespace(posed[0][1])
-    factors = xp.stack([inverses[place].factor for place, _, _ in posed])
-    solutions = cholesky_solve(factors, xp.stack([rhs for _, rhs, _ in posed])[:, :, None])
-    for number, (place, _, finish) in enumerate(posed):
-        yield place, solutions[number, :, 0], finish
+def _stacking_pays(n: int, where: Any) -> bool:
+    """Whether one call for all blocks is worth copying their matrices together: LAPACK takes one after the other."""
+    return n <= _STACKED_UP_TO or str(where) != "cpu"
+
+
+def kernel_solutions(factors: Sequence[Array], rhs: Sequence[Array]) -> list[Array]:
+    """Solutions of the systems of blocks whose kernels are of one size and kind.
+
+    Parameters
+    ----------
+    factors
+        Lower Cholesky factors, each of shape ``(rows, rows)``.
+    rhs
+        Right-hand sides, each of shape ``(rows,)``.
+    """
+    if len(factors) == 1 or not _stacking_pays(factors[0].shape[0], device(factors[0])):
+        return [cholesky_solve(factor, one) for factor, one in zip(factors, rhs, strict=True)]
+    xp = namespace(rhs[0])
+    solutions = cholesky_solve(xp.stack(list(factors)), xp.stack(list(rhs))[:, :, None])
+    return [solutions[number, :, 0] for number in range(len(factors))]
 
 
 def _cross_pays(factors: Factors) -> bool:

@@ -15,15 +15,15 @@ from curvlib.cli.checkpoint import checkpoint_exists, load_checkpoint, save_chec
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks and kills")
 
 
-def killed_and_whole(tmp_path, kills, steps, optimizer):
+def killed_and_whole(tmp_path, kills, steps, every, optimizer):
     runner = Runner()
-    options = ["--optimizer", optimizer, "--steps", str(steps), "--checkpoint-every", "3", "--eval-every", "50"]
+    options = ["--optimizer", optimizer, "--steps", str(steps), "--checkpoint-every", str(every)]
     saved = runner.kill_at_random(tmp_path / "killed", kills, steps, *options)
     parts = runner.finish(tmp_path / "killed", *options)
     whole = runner.finish(tmp_path / "whole", *options)
     assert whole["steps"] == parts["steps"] == steps
     assert saved == sorted(saved)
-    assert all(step % 3 == 0 for step in saved)  # a whole interval is the most that is lost
+    assert all(step % every == 0 for step in saved)  # a whole interval is the most that is lost
     for key in ("model", "optimizer", "batches", "random"):
         assert equal(whole[key], parts[key]), key
     assert [point["step"] for point in parts["history"]] == [point["step"] for point in whole["history"]]
@@ -31,13 +31,13 @@ def killed_and_whole(tmp_path, kills, steps, optimizer):
 
 
 def test_a_few_kills(tmp_path):
-    killed_and_whole(tmp_path, kills=4, steps=200, optimizer="tengrad")
+    killed_and_whole(tmp_path, kills=4, steps=150, every=3, optimizer="tengrad")
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("optimizer", ["tengrad", "kfac", "ekfac"])
+@pytest.mark.parametrize("optimizer", ["tengrad", "kfac"])
 def test_thirty_kills(tmp_path, optimizer):
-    killed_and_whole(tmp_path, kills=30, steps=2000, optimizer=optimizer)
+    killed_and_whole(tmp_path, kills=30, steps=900, every=5, optimizer=optimizer)
 
 
 CALLS = ("open", "fsync", "replace", "unlink")
