@@ -18,6 +18,11 @@ from curvlib import CSVWriter, TensorBoardWriter, compose, precond, recipes, sol
 from curvlib.errors import CurvatureError
 
 
+@pytest.fixture(autouse=True)
+def _writers_write_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 class Strange:
     """Equal to nothing, true to nobody."""
 
