@@ -82,7 +82,7 @@ class Capture:
         self.generator = generator
         self.armed = True
         self.lenient = False  # whether a pass that is not finite is left out instead of refused
-        self.plan = plan or Plan()
+        self.plan = Plan() if plan is None else plan
         self.compacting: frozenset[str] = frozenset()  # blocks whose rows are wanted in their compact form
         self._output = output
         self._every_pass = every_pass

@@ -257,8 +257,9 @@ class NaturalGradient(Grouped):
                     curvature[block.name] = replace(state, estimate=estimate)
                 given = block.parameters if gradient.rows is not None else gradient.own
                 natural.update((block.parameters[name], direction[name]) for name in given)
-        inside = {p for block in self._blocks for p in block.parameters.values()}
-        others = [gradient for p, gradient in own.items() if p not in inside]
+        # Gradients outside every block too: those of frozen parameters, and what the inner AdamW is about to use.
+        everything: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        others = [p.grad for p in everything if p.grad is not None and p not in natural]
         # Rows that are not finite have no Cholesky factor, so what an exact solver made of them needs no second look.
         sound = {name for name in rows if self._fresh and renewal.solvers[name].exact}
         looked = {name: direction for name, direction in directions.items() if name not in sound}

@@ -8,7 +8,7 @@ from loop import backward, built, network, same, steps, values
 from torch import nn
 
 from curvlib import WeightDecay
-from curvlib.errors import ConfigurationError, UncoveredParameterError
+from curvlib.errors import ConfigurationError, CurvatureError, UncoveredParameterError
 
 
 class Bare(nn.Module):
@@ -70,3 +70,20 @@ def test_rest_adamw_is_adamw_and_survives_a_checkpoint():
     steps(model, optimizer, 2)
     steps(fresh, resumed, 2)
     assert same(values(model), values(fresh))
+
+
+@pytest.mark.parametrize("rest", ["sgd", "adamw", "freeze"])
+def test_a_gradient_that_is_not_finite_is_refused_between_refreshes_too(rest):
+    model = Bare()
+    optimizer = built(model, rest=rest, refresh=5)
+    backward(model)
+    optimizer.step()
+    optimizer.zero_grad()
+    backward(model)
+    # Frozen parameters may have one as well, of a loss that was not the optimizer's.
+    target = model.body[0].weight if rest == "freeze" else model.shift
+    target.grad.view(-1)[0] = float("nan")
+    before = values(model)
+    with pytest.raises(CurvatureError, match="not finite"):
+        optimizer.step()
+    assert same(values(model), before)
