@@ -13,6 +13,7 @@ import torch
 from curvlib.arrays import Array, Vector, map_arrays
 from curvlib.factors import Factors
 from curvlib.precond.places import Place, place_for
+from curvlib.precond.wrapped import Wrapped
 from curvlib.solvers import Solver
 from curvlib.solvers.base import Evaluation, Gradient
 
@@ -20,7 +21,7 @@ __all__ = ["Placed", "placed", "plain"]
 
 
 @dataclass(frozen=True, eq=False)
-class Placed(Solver):
+class Placed(Wrapped):
     """A solver at work in a place of its own.
 
     Factors, gradients and states are tensors outside and arrays of the place inside, on the same memory. States outside
@@ -34,29 +35,13 @@ class Placed(Solver):
         Where.
     """
 
-    solver: Solver
     place: Place
     _inner: WeakKeyDictionary[Any, Any] = field(default_factory=WeakKeyDictionary, init=False, repr=False)
     """From what was handed out or in to its like inside, while the former lives: nothing is converted twice, and a
     solver recognises its own rows."""
 
-    def __post_init__(self) -> None:
-        for name in ("of_gradient", "of_fresh_rows", "of_second_pass"):
-            object.__setattr__(self, name, getattr(self.solver, name))
-
     def __reduce__(self) -> tuple[Any, ...]:
         return Placed, (self.solver, self.place)
-
-    @property
-    def of_kronecker_rows(self) -> bool:
-        return self.solver.of_kronecker_rows
-
-    @property
-    def exact(self) -> bool:
-        return self.solver.exact
-
-    def gains_from_rows(self, factors: Factors, same: bool) -> bool:
-        return self.solver.gains_from_rows(factors, same)
 
     def update(self, estimate: Any, factors: Factors) -> Any:
         with self.place.working():
@@ -70,10 +55,6 @@ class Placed(Solver):
         with self.place.working():
             inverses = self.solver.factorize_all([self._inside(estimate) for estimate in estimates], dampings)
             return [self._outside(inverse) for inverse in inverses]
-
-    @property
-    def keeps_rows(self) -> bool:
-        return self.solver.keeps_rows
 
     def solve_all(self, inverses: Sequence[Any], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
         with self.place.working():

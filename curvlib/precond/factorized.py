@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from curvlib.arrays import Array, Vector, map_arrays, namespace
+from curvlib.arrays import Array, map_arrays, namespace, widen
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors
+from curvlib.precond.wrapped import Wrapped
 from curvlib.solvers import Solver
-from curvlib.solvers.base import Evaluation, Gradient
 
 __all__ = ["FactorizeIn", "FactorizedIn", "factorized_in"]
 
@@ -19,31 +19,8 @@ FactorizeIn = Literal["float64"] | None
 
 
 @dataclass(frozen=True)
-class FactorizedIn(Solver):
-    """A solver whose factorisations are in float64; estimates, inverses and solves stay in their own precision.
-
-    Parameters
-    ----------
-    solver
-        What works.
-    """
-
-    solver: Solver
-
-    def __post_init__(self) -> None:
-        for name in ("of_gradient", "of_fresh_rows", "of_second_pass"):
-            object.__setattr__(self, name, getattr(self.solver, name))
-
-    @property
-    def of_kronecker_rows(self) -> bool:
-        return self.solver.of_kronecker_rows
-
-    @property
-    def exact(self) -> bool:
-        return self.solver.exact
-
-    def update(self, estimate: Any, factors: Factors) -> Any:
-        return self.solver.update(estimate, factors)
+class FactorizedIn(Wrapped):
+    """A solver whose factorisations are in float64; estimates, inverses and solves stay in their own precision."""
 
     def factorize(self, estimate: Any, damping: float) -> Any:
         wider = _Wider()
@@ -54,25 +31,9 @@ class FactorizedIn(Solver):
         inverses = self.solver.factorize_all([wider.widened(estimate) for estimate in estimates], dampings)
         return [wider.narrowed(inverse) for inverse in inverses]
 
-    @property
-    def keeps_rows(self) -> bool:
-        return self.solver.keeps_rows
-
-    def solve_all(self, inverses: Sequence[Any], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
-        return self.solver.solve_all(inverses, gradients)
-
-    def solve(self, inverse: Any, gradient: Gradient) -> dict[str, Array]:
-        return self.solver.solve(inverse, gradient)
-
     def gains_from_rows(self, factors: Factors, same: bool) -> bool:
         # The inverse is made of other objects than the rows, though of equal numbers.
         return self.solver.gains_from_rows(factors, False)
-
-    def remember(self, estimate: Any, natural: Vector) -> Any:
-        return self.solver.remember(estimate, natural)
-
-    def follow(self, estimate: Any, inverse: Any, before: Evaluation, after: Evaluation) -> Any:
-        return self.solver.follow(estimate, inverse, before, after)
 
 
 class _Wider:
@@ -94,7 +55,7 @@ class _Wider:
             return array
         if self._narrow is None or array.dtype.itemsize < self._narrow.itemsize:
             self._narrow = array.dtype
-        wide = xp.astype(array, xp.float64)
+        wide = widen(array)
         self._known[id(wide)] = (wide, array)
         return wide
 

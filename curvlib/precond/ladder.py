@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from curvlib.arrays import map_arrays, namespace, widen
 from curvlib.errors import ConfigurationError, NotPositiveDefiniteError
+from curvlib.precond.factorized import FactorizedIn
 from curvlib.solvers import Solver
 
 __all__ = ["factorize_with_retries"]
@@ -34,13 +34,14 @@ def factorize_with_retries(solver: Solver, estimate: Any, damping: float) -> tup
     NotPositiveDefiniteError
         If every rung failed.
     """
+    wider = FactorizedIn(solver)
     rungs: list[tuple[str, Callable[[], Any]]] = [
         ("", lambda: solver.factorize(estimate, damping)),
-        ("in float64", lambda: _in_float64(solver, estimate, damping)),
+        ("in float64", lambda: wider.factorize(estimate, damping)),
     ]
     for factor in _MORE_DAMPING:
         more = damping * factor
-        rungs.append((f"with damping {more:g}", lambda more=more: _in_float64(solver, estimate, more)))  # type: ignore[misc]  # mypy cannot type a default
+        rungs.append((f"with damping {more:g}", lambda more=more: wider.factorize(estimate, more)))  # type: ignore[misc]  # mypy cannot type a default
     tried: list[str] = []
     for what, attempt in rungs:
         try:
@@ -56,22 +57,3 @@ def factorize_with_retries(solver: Solver, estimate: Any, damping: float) -> tup
         if what:
             tried.append(f"failed {what}")
     raise NotPositiveDefiniteError(f"{failure}; {', '.join(tried)}")
-
-
-def _in_float64(solver: Solver, estimate: Any, damping: float) -> Any:
-    dtypes = set()
-
-    def up(array: Any) -> Any:
-        if not namespace(array).isdtype(array.dtype, "real floating"):
-            return array
-        dtypes.add(array.dtype)
-        return widen(array)
-
-    inverse = solver.factorize(map_arrays(up, estimate), damping)
-    narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
-
-    def down(array: Any) -> Any:
-        xp = namespace(array)
-        return xp.astype(array, narrow) if xp.isdtype(array.dtype, "real floating") else array
-
-    return map_arrays(down, inverse)
