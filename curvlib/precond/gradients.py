@@ -17,7 +17,7 @@ from curvlib.precond.refresh import Refresh
 from curvlib.precond.transforms import Transform
 from curvlib.solvers import Solver
 
-__all__ = ["BlockGradient", "block_gradients", "check_fused", "fresh", "gaining", "shared_rows", "turned"]
+__all__ = ["BlockGradient", "block_gradients", "check_fused", "fresh", "gaining", "scaled_rows", "turned"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,20 +53,17 @@ class BlockGradient:
         return {name: zeros[name] if value is None else value for name, value in whole.items()}
 
 
-def shared_rows(taken: Taken) -> tuple[dict[str, Factors], dict[str, GradientRows]]:
-    """Rows of the curvature and of gradients, where one serves both in the form that a solver keeps.
+def scaled_rows(taken: Taken) -> dict[str, GradientRows]:
+    """Gradients as rows, those of the loss alone scaled beforehand: cotangents are smaller than a natural gradient.
 
-    A solver recognises its own rows in a gradient by identity.
+    Rows that are the curvature's too stay the very object, as a solver recognises its own rows in a gradient.
     """
-    factors, gradients = dict(taken.factors), dict(taken.gradients)
-    for name, rows in gradients.items():
-        if rows.factors is factors.get(name):
-            factors[name] = rows.factors.compact()
-            gradients[name] = replace(rows, factors=factors[name])
-        elif rows.scale != 1:
-            # Cotangents are smaller than a natural gradient.
-            gradients[name] = GradientRows(rows.factors.scaled(rows.scale), 1.0)
-    return factors, gradients
+    return {
+        name: rows
+        if rows.factors is taken.factors.get(name) or rows.scale == 1
+        else GradientRows(rows.factors.scaled(rows.scale), 1.0)
+        for name, rows in taken.gradients.items()
+    }
 
 
 def turned(
@@ -79,7 +76,7 @@ def turned(
     Parameters
     ----------
     factors, gradients
-        From `shared_rows`.
+        From the capture, and `scaled_rows` of them.
     names
         Blocks that maximise.
     fisher

@@ -20,7 +20,7 @@ from curvlib.precond.checks import check_directions, check_finite_gradients, che
 from curvlib.precond.curvature import BlockState, Renewal, natural_gradients
 from curvlib.precond.division import Division
 from curvlib.precond.failure import Failures, OnFailure
-from curvlib.precond.gradients import block_gradients, gaining, shared_rows, turned
+from curvlib.precond.gradients import block_gradients, gaining, scaled_rows, turned
 from curvlib.precond.grouped import Grouped
 from curvlib.precond.groups import ByGroup, Group, check_options, one_sign, spoken_for
 from curvlib.precond.health import Health, Moved
@@ -138,7 +138,8 @@ class NaturalGradient(Grouped):
         groups = spoken_for(self._own_groups())
         try:
             with without_autocast(self._generator.device):
-                factors, rows = shared_rows(self._capture.taken())
+                taken = self._capture.taken()
+                factors, rows = taken.factors, scaled_rows(taken)
             check_gradients(self.param_groups, loss, rows, self.steps)
             if factors or self._due or any(transform.on_gradient for transform in self.transforms):
                 self._check_finite()  # before what is costly; otherwise with the directions

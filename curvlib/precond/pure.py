@@ -155,7 +155,7 @@ class PureStep:
             use, x, g = block.uses[0], seen[block.name], cotangents[block.name]
             rows = use.adapter.function(use.module, x, g[:, None] if use.adapter.columns else g)
             rows = rows.scaled(float(x.shape[0]))
-            if self.solver.gains_from_rows(rows, same=True):
+            if self.solver.keeps_rows:
                 rows = rows.compact()  # what the solver keeps, so that it knows its own rows in the gradient
             inverse = self.solver.factorize(self.solver.update(None, rows), self.damping)
             direction = self.solver.solve(inverse, rows)

@@ -187,6 +187,15 @@ def as_vector(gradient: Gradient) -> Vector:
     return gradient
 
 
+def sample_space_pays(factors: Factors) -> bool:
+    """Whether products of a gradient's rows with other rows, n × n, are cheaper than products with the gradient."""
+    sizes = factors.outer_sizes
+    if sizes is None:
+        return False
+    rows, d_in, d_out = sizes
+    return rows * (d_in + d_out) < d_in * d_out
+
+
 def check_block(vector: Vector, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a gradient that does not belong to the block.
 

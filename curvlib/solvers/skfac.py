@@ -7,7 +7,15 @@ from typing import ClassVar, get_args
 
 from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, namespace, record
 from curvlib.factors import Factors, KroneckerLayout, Sharing
-from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_choice, check_damping
+from curvlib.solvers.base import (
+    Gradient,
+    Solver,
+    as_vector,
+    check_block,
+    check_choice,
+    check_damping,
+    sample_space_pays,
+)
 from curvlib.solvers.kfac import paired_rows, split_damping
 
 __all__ = ["SKFAC", "SKFACEstimate", "SKFACInverse"]
@@ -85,12 +93,10 @@ class SKFAC(Solver):
         )
 
     def gains_from_rows(self, factors: Factors, same: bool) -> bool:
-        sizes = factors.outer_sizes
-        # Products with n rows of each factor against products of n × n rows.
-        return sizes is not None and sizes[0] * (sizes[1] + sizes[2]) < sizes[1] * sizes[2]
+        return sample_space_pays(factors)
 
     def solve(self, inverse: SKFACInverse, gradient: Gradient) -> dict[str, Array]:
-        if isinstance(gradient, Factors) and self.gains_from_rows(gradient, same=False):
+        if isinstance(gradient, Factors) and sample_space_pays(gradient):
             a, g = paired_rows(gradient)
             transpose = namespace(a).matrix_transpose
             left = _solved(inverse.cotangents, inverse.cotangent_kernel, inverse.cotangent_damping, transpose(g))

@@ -11,7 +11,7 @@ from curvlib.errors import ConfigurationError
 from curvlib.factors import Dense as DenseRows
 from curvlib.factors import Factors, Scaled, cat
 from curvlib.factors.lowrank import truncated
-from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping
+from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping, sample_space_pays
 from curvlib.solvers.dense import Covariance, Dense, DenseInverse
 
 __all__ = ["Woodbury", "WoodburyEstimate", "WoodburyInverse", "kernel_solutions"]
@@ -126,7 +126,7 @@ class Woodbury(Solver):
     def gains_from_rows(self, factors: Factors, same: bool) -> bool:
         if not self.exact or factors.size <= len(factors):
             return False
-        return same or _cross_pays(factors)
+        return same or sample_space_pays(factors)
 
     def solve(self, inverse: WoodburyInverse | DenseInverse, gradient: Gradient) -> dict[str, Array]:
         if isinstance(inverse, DenseInverse):
@@ -156,7 +156,7 @@ class Woodbury(Solver):
         rows, damping = inverse.factors, inverse.damping
         if gradient is rows and self.exact:
             return rows.row_weights(1 / rows.normalizer), rows.rmatvec
-        if isinstance(gradient, Factors) and _cross_pays(gradient):
+        if isinstance(gradient, Factors) and sample_space_pays(gradient):
             # One combination of the gradient's rows and the inverse's.
             ones = gradient.row_weights(1 / gradient.normalizer)
 
@@ -200,12 +200,3 @@ def kernel_solutions(factors: Sequence[Array], rhs: Sequence[Array]) -> list[Arr
     xp = namespace(rhs[0])
     solutions = cholesky_solve(xp.stack(list(factors)), xp.stack(list(rhs))[:, :, None])
     return [solutions[number, :, 0] for number in range(len(factors))]
-
-
-def _cross_pays(factors: Factors) -> bool:
-    """Whether J g for a gradient of such rows is cheaper as a cross-Gram than from the explicit gradient."""
-    sizes = factors.outer_sizes
-    if sizes is None:
-        return False
-    rows, d_in, d_out = sizes
-    return rows * (d_in + d_out) < d_in * d_out
