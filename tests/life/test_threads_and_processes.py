@@ -23,29 +23,34 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def run(seed, solver, fisher, steps=12):
+def prepared(seed, solver, fisher):
     model = wide_net(seed)
     optimizer = built(model, solver=solver, fisher=FISHERS[fisher], seed=seed)
-    x = torch.randn(X.shape, generator=torch.Generator().manual_seed(seed))
+    return model, optimizer, torch.randn(X.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(model, optimizer, x, steps=12):
     train(model, optimizer, steps, x)
     return values(model)
 
 
 def test_models_in_threads_train_as_they_do_one_after_the_other():
     jobs = [(0, Woodbury(), "sampled"), (1, EKFAC(), "exact"), (2, Woodbury(), "empirical"), (3, EKFAC(), "sampled")]
-    expected = [run(*job) for job in jobs]
+    expected = [run(*prepared(*job)) for job in jobs]
+    # Initial weights come from torch's one generator, which threads would draw from in any order.
+    ready = [prepared(*job) for job in jobs]
     results, errors = {}, []
     together = threading.Barrier(len(jobs))
 
-    def work(place, job):
+    def work(place, one):
         try:
             torch.set_num_threads(1)
             together.wait()
-            results[place] = run(*job)
+            results[place] = run(*one)
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=entry) for entry in enumerate(jobs)]
+    threads = [threading.Thread(target=work, args=entry) for entry in enumerate(ready)]
     for thread in threads:
         thread.start()
     for thread in threads:
