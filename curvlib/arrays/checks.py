@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 from curvlib.arrays.namespace import Array, namespace
 from curvlib.arrays.torch_kernels import is_compiling
-from curvlib.errors import NotPositiveDefiniteError
+from curvlib.errors import CurvatureError, NotPositiveDefiniteError
 
 __all__ = ["Deferred", "deferred", "require", "waiting"]
 
@@ -21,18 +22,26 @@ class Deferred:
     """
 
     def __init__(self) -> None:
-        self._checks: list[tuple[Array, Callable[[], str]]] = []
+        self._checks: list[tuple[Array, Callable[[], str], type[CurvatureError]]] = []
 
-    def add(self, holds: Array, message: Callable[[], str]) -> None:
-        """Keep a check for later."""
-        self._checks.append((holds, message))
+    def add(
+        self, holds: Array, message: Callable[[], str], kind: type[CurvatureError] = NotPositiveDefiniteError
+    ) -> None:
+        """Keep a check for later; as for `require`."""
+        self._checks.append((holds, message, kind))
+
+    def take(self, other: Deferred, where: str = "") -> None:
+        """Take over the checks of another one, behind those that are there; their messages begin with `where`."""
+        for holds, message, kind in other._checks:
+            self.add(holds, partial(_placed, where, message), kind)
+        other._checks = []
 
     @property
     def good(self) -> Array | None:
         """Whether all hold, a boolean array of no axes on their device; None where nothing was put off."""
         if not self._checks:
             return None
-        values = [holds for holds, _ in self._checks]
+        values = [holds for holds, _, _ in self._checks]
         xp = namespace(*values)
         return values[0] if len(values) == 1 else xp.all(xp.stack(values))
 
@@ -41,13 +50,17 @@ class Deferred:
 
         Raises
         ------
-        NotPositiveDefiniteError
-            If one does not hold: with the message of the first.
+        CurvatureError
+            If one does not hold: that of the first, as a rule a `NotPositiveDefiniteError`.
         """
         checks, self._checks = self._checks, []
-        for holds, message in checks:
+        for holds, message, kind in checks:
             if not bool(holds):
-                raise NotPositiveDefiniteError(message())
+                raise kind(message())
+
+
+def _placed(where: str, message: Callable[[], str]) -> str:
+    return where + message()
 
 
 _DEFERRED: ContextVar[Deferred | None] = ContextVar("_DEFERRED", default=None)
@@ -73,7 +86,9 @@ def waiting() -> bool:
     return not is_compiling() and _DEFERRED.get() is None
 
 
-def require(holds: Array | bool, message: Callable[[], str]) -> None:
+def require(
+    holds: Array | bool, message: Callable[[], str], kind: type[CurvatureError] = NotPositiveDefiniteError
+) -> None:
     """Raise unless `holds`, or keep the check for later inside `deferred`.
 
     Parameters
@@ -81,17 +96,19 @@ def require(holds: Array | bool, message: Callable[[], str]) -> None:
     holds
         A bool, or a boolean array of no axes, which has to be waited for.
     message
-        Makes the error's message. It should hold on to no array.
+        Makes the error's message. It should hold on to no array of many elements.
+    kind
+        Of the error.
 
     Raises
     ------
-    NotPositiveDefiniteError
-        If it does not hold.
+    CurvatureError
+        Of that kind, if it does not hold.
     """
     if holds is True or is_compiling():
         return
     checks = _DEFERRED.get()
     if checks is not None and not isinstance(holds, bool):
-        checks.add(holds, message)
+        checks.add(holds, message, kind)
     elif not bool(holds):
-        raise NotPositiveDefiniteError(message())
+        raise kind(message())

@@ -32,6 +32,10 @@ _MIRROR_FROM = 512
 """Rows from which three products of half the size are faster than one of the whole, on a CPU."""
 
 
+_TOGETHER_UP_TO = 512
+"""Rows up to which torch has cuBLAS solve many triangular systems at once; beyond, it may be MAGMA."""
+
+
 def cholesky(matrix: Tensor, wait: bool) -> tuple[Tensor, bool | Tensor]:
     """Lower factor, and whether it is one: a bool, or where nobody waits for the device, a tensor on it."""
     factor, info = torch.linalg.cholesky_ex(matrix)
@@ -43,12 +47,30 @@ def cholesky(matrix: Tensor, wait: bool) -> tuple[Tensor, bool | Tensor]:
 
 def cholesky_inverse(factor: Tensor) -> Tensor:
     """Inverse of L Lᵀ, in about a third of the time of solving for the identity."""
+    if factor.is_cuda and factor.shape[:-2].numel() > 1:
+        eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        return _solved_together(factor, eye.expand_as(factor))
     return torch.cholesky_inverse(factor)
 
 
 def cholesky_solve(factor: Tensor, rhs: Tensor) -> Tensor:
     """Solution of L Lᵀ x = rhs."""
+    if factor.is_cuda and factor.shape[:-2].numel() > 1:
+        return _solved_together(factor, rhs)
     return torch.cholesky_solve(rhs, factor)
+
+
+def _solved_together(factors: Tensor, rhs: Tensor) -> Tensor:
+    """Solutions of several systems on a GPU, where torch's own routine would turn to MAGMA, which waits for the device.
+
+    Up to 512 rows torch gives triangular systems to cuBLAS, all at once; larger ones are worth a call each.
+    """
+    if factors.shape[-1] <= _TOGETHER_UP_TO:
+        return triangular_solve(factors, triangular_solve(factors, rhs, False), True)
+    n, k = rhs.shape[-2:]
+    each = factors.expand(*rhs.shape[:-2], n, n)
+    pairs = zip(rhs.reshape(-1, n, k), each.reshape(-1, n, n), strict=True)
+    return torch.stack([torch.cholesky_solve(one, factor) for one, factor in pairs]).reshape(rhs.shape)
 
 
 def triangular_solve(factor: Tensor, rhs: Tensor, transposed: bool) -> Tensor:

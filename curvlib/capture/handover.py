@@ -8,12 +8,13 @@ runs, its parameters do not require gradients; whatever else it passes back is a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from curvlib.arrays import Deferred
 from curvlib.capture.attached import Hooks
 from curvlib.capture.rows import Pass, joined
 from curvlib.factors import Factors
@@ -40,10 +41,13 @@ class Taken:
         Rows of the curvature, by block.
     gradients
         Gradients of the blocks that hand theirs over.
+    checks
+        Of the outputs, where they were put off.
     """
 
     factors: dict[str, Factors]
     gradients: dict[str, GradientRows]
+    checks: list[Deferred] = field(default_factory=list)
 
 
 def gradient_rows(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,18 +24,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from curvlib.arrays import deferred
 from curvlib.capture.attached import Hooks, Silence, owners
 from curvlib.capture.autocast import without_autocast
 from curvlib.capture.axes import spread
 from curvlib.capture.handover import Taken, Withholding, gradient_rows
-from curvlib.capture.outputs import Output, likelihood_outputs
+from curvlib.capture.outputs import Output, likelihood_outputs, output_cotangents
 from curvlib.capture.rows import Pass, Place, Record, block_factors, joined, pull_back
 from curvlib.capture.verify import verify
-from curvlib.errors import CaptureError, NonFiniteError
+from curvlib.errors import NonFiniteError
 from curvlib.factors import Factors, Plan
 from curvlib.fisher import Empirical, Fisher
 from curvlib.layers import Adapter, Block, Use, adapter_for
-from curvlib.layers.tree import mapped, tensors, wide
+from curvlib.layers.tree import mapped, tensors
 
 __all__ = ["Capture", "Output"]
 
@@ -82,6 +83,7 @@ class Capture:
         self.generator = generator
         self.armed = True
         self.lenient = False  # whether a pass that is not finite is left out instead of refused
+        self.deferring = False  # whether the check of outputs is left to whoever takes the rows
         self.plan = Plan() if plan is None else plan
         self.compacting: frozenset[str] = frozenset()  # blocks whose rows are wanted in their compact form
         self._output = output
@@ -206,7 +208,7 @@ class Capture:
         factors = joined([one.factors for one in passes], self.blocks, observations)
         handed = [self._factors(one, one.handed) for one in passes]
         gradients = gradient_rows(passes, handed, factors, self.blocks, observations, scale)
-        return Taken(factors, gradients)
+        return Taken(factors, gradients, [one.checks for one in passes if one.checks is not None])
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -370,12 +372,8 @@ class Capture:
         """Send all columns of output cotangents back to the outputs of every recorded call."""
         if not current.edges():
             return
-        columns = self.fisher.cotangents(wide(outputs.detach()), self.generator).to(outputs.dtype)
-        if columns.shape[1:] != outputs.shape:
-            raise CaptureError(
-                f"{self.fisher} gave cotangents of shape {tuple(columns.shape)} for outputs of shape "
-                f"{tuple(outputs.shape)}; they need shape (columns, *outputs)"
-            )
+        with deferred() if self.deferring else nullcontext() as current.checks:
+            columns = output_cotangents(self.fisher, outputs, self.generator)
         self._batched = pull_back(current, outputs, columns, self._batched)
 
     def _factors(self, current: Pass, records: Mapping[Use, list[Record]], scale: float = 1.0) -> dict[str, Factors]:

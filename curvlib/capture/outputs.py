@@ -1,15 +1,18 @@
-"""The tensor that a likelihood is about, out of what a model returns."""
+"""The tensor that a likelihood is about, out of what a model returns, and its cotangents."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvlib.errors import CaptureError
+from curvlib.fisher import Fisher
+from curvlib.layers.tree import wide
 
-__all__ = ["Output", "likelihood_outputs"]
+__all__ = ["Output", "likelihood_outputs", "output_cotangents"]
 
 Output = Callable[[Any], Tensor]
 """Picks the tensor that the likelihood is about out of what the model returns."""
@@ -42,3 +45,29 @@ def likelihood_outputs(result: Any, pick: Output | None) -> Tensor:
             "one; skip empty batches"
         )
     return outputs
+
+
+def output_cotangents(fisher: Fisher, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """All columns of output cotangents, in the dtype of the outputs, shape ``(columns, *outputs.shape)``.
+
+    Parameters
+    ----------
+    fisher
+        Gives them; half precision is widened for it.
+    outputs
+        What the likelihood is about.
+    generator
+        Source of sampled labels.
+
+    Raises
+    ------
+    CaptureError
+        If it gives other shapes.
+    """
+    columns = fisher.cotangents(wide(outputs.detach()), generator).to(outputs.dtype)
+    if columns.shape[1:] != outputs.shape:
+        raise CaptureError(
+            f"{fisher} gave cotangents of shape {tuple(columns.shape)} for outputs of shape {tuple(outputs.shape)}; "
+            "they need shape (columns, *outputs)"
+        )
+    return columns

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from curvlib.arrays import Deferred
 from curvlib.capture.axes import ALONE, likely_axis, samples_first
 from curvlib.errors import CaptureError, CurvatureError
 from curvlib.factors import Factors, cat
@@ -111,6 +112,7 @@ class Pass:
     axes: dict[tuple[Use, int], int] = field(default_factory=dict)  # sample axis of each call, once it was told
     couplings: list[GradientEdge] = field(default_factory=list)  # inputs of modules that couple samples, until checked
     blocks: tuple[Block, ...] = ()  # what was watched at the time
+    checks: Deferred | None = None  # of its outputs, where they were put off
 
     def keep(self, blocks: tuple[Block, ...]) -> None:
         """Let go what is not of these blocks.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from curvlib.arrays import require
 from curvlib.errors import ConfigurationError, NonFiniteError
 from curvlib.fisher.likelihoods import Categorical, Likelihood
 from curvlib.hyperparameters import Checked
@@ -140,8 +141,11 @@ def _check_likelihood(fisher: Fisher, likelihood: Likelihood) -> None:
 
 def _check_outputs(likelihood: Likelihood, outputs: Tensor) -> None:
     likelihood.check(outputs)
-    if not bool(torch.isfinite(outputs).all()):
-        raise NonFiniteError(
-            "the model's outputs are not finite, so no curvature can be taken from them: look at the inputs and at the "
-            "learning rate; parameters and optimizer state are unchanged"
-        )
+    require(torch.isfinite(outputs).all(), _not_finite, NonFiniteError)
+
+
+def _not_finite() -> str:
+    return (
+        "the model's outputs are not finite, so no curvature can be taken from them: look at the inputs and at the "
+        "learning rate; parameters and optimizer state are unchanged"
+    )

@@ -105,8 +105,10 @@ class Categorical(Likelihood):
     def sample(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
         classes_last = outputs.detach().movedim(self.dim, -1)
         probabilities = classes_last.float().softmax(-1) if classes_last.itemsize < 4 else classes_last.softmax(-1)
-        flat = probabilities.reshape(-1, probabilities.shape[-1])
-        return torch.multinomial(flat, 1, generator=generator).reshape(probabilities.shape[:-1])
+        # As torch.multinomial does it, draw for draw (of exponential variables with the probabilities as rates, the
+        # first to ring), but for the look that it takes at its input, which waits for a GPU.
+        waited = torch.empty_like(probabilities).exponential_(generator=generator)
+        return (probabilities / waited).argmax(-1)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
         probabilities = outputs.softmax(self.dim)
@@ -136,7 +138,9 @@ class Bernoulli(Likelihood):
         return total / outputs.shape[0]
 
     def sample(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
-        return torch.bernoulli(outputs.detach().sigmoid(), generator=generator)
+        # What is not a number is refused elsewhere, and maybe later; here it would end the process of a GPU.
+        probabilities = outputs.detach().sigmoid().nan_to_num(nan=0.0)
+        return torch.bernoulli(probabilities, generator=generator)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.sigmoid() - targets

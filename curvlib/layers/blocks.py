@@ -66,10 +66,18 @@ class Block:
     def kronecker(self) -> bool:
         """Whether rows may be products of inputs and cotangents, as far as can be told before there are any.
 
-        Kronecker factors act on one matrix, of a weight and a bias.
+        Kronecker factors act on one matrix, of a weight and a bias. Where modules share it, products of their rows have
+        a common form only if all of them have both parameters, and either all multiply with it or all look up in it.
         """
         one_matrix = len(self.parameters) <= 2 and sum(p.ndim > 1 for p in self.parameters.values()) <= 1
-        return one_matrix and all(use.adapter.multiplies(use.module) for use in self.uses)
+        alike = len({(use.adapter.lookup, frozenset(use.names.values())) for use in self.uses}) == 1
+        return one_matrix and alike and all(use.adapter.multiplies(use.module) for use in self.uses)
+
+    @property
+    def preactivations(self) -> bool:
+        """Whether rows tell how pre-activations, a trained weight times inputs, move with the parameters."""
+        multiplied = not any(use.adapter.lookup for use in self.uses)
+        return self.kronecker and multiplied and any(p.ndim > 1 for p in self.parameters.values())
 
 
 @dataclass(frozen=True)

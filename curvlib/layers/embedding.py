@@ -15,7 +15,7 @@ from curvlib.layers.registry import register
 __all__ = ["embedding", "embedding_bag"]
 
 
-@register(nn.Embedding, columns=True, positionwise=True)
+@register(nn.Embedding, columns=True, positionwise=True, lookup=True)
 def embedding(layer: nn.Embedding, x: Tensor, g: Tensor) -> OneHotOuter:
     """Rows ``Σ_r e(x_r) g_rᵀ`` over the positions r of a sample; a position of `padding_idx` does not count.
 
@@ -41,7 +41,7 @@ def embedding(layer: nn.Embedding, x: Tensor, g: Tensor) -> OneHotOuter:
     return OneHotOuter(x, g, layer.num_embeddings)
 
 
-@register(nn.EmbeddingBag, columns=True, whole_call=True)
+@register(nn.EmbeddingBag, columns=True, whole_call=True, lookup=True)
 def embedding_bag(layer: nn.EmbeddingBag, call: Call, cotangents: tuple[Tensor | None, ...]) -> OneHotOuter:
     """Rows of a sum, mean or maximum of lookups: a bag's cotangent at each of its positions, times what counts of it.
 

@@ -40,6 +40,8 @@ class Adapter:
     kronecker
         Whether rows may be products of inputs and cotangents, as Kronecker methods need, always or as a function of
         the module tells.
+    lookup
+        Whether the weight is a table that is looked up in, so that what stands for inputs are places in it.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Adapter:
     closed_form: bool = True
     couples_samples: Callable[[Any], bool] | bool = False
     kronecker: Callable[[Any], bool] | bool = True
+    lookup: bool = False
 
     def couples(self, module: nn.Module) -> bool:
         """Whether `module`, as it is now, makes the samples of a batch depend on each other."""
@@ -72,6 +75,7 @@ def register(
     positionwise: bool = False,
     couples_samples: Callable[[Any], bool] | bool = False,
     kronecker: Callable[[Any], bool] | bool = True,
+    lookup: bool = False,
     replace: bool = False,
 ) -> Callable[[F], F]:
     """Decorator that makes a function the adapter of the given layer classes and of their subclasses.
@@ -98,6 +102,10 @@ def register(
     kronecker
         Clear it (or give a function of the module that tells) when the rows are no products of inputs and cotangents,
         so that methods that need such rows say so when they are composed, not at the first step.
+    lookup
+        Set when the weight is a table that is looked up in, as that of `torch.nn.Embedding`, and not multiplied with
+        inputs: methods that follow pre-activations have none to follow, and rows of the same weight as another layer
+        multiplies with have no common Kronecker form with these. Both are then said when a method is composed.
     replace
         Set to replace an adapter that is there.
 
@@ -141,7 +149,15 @@ def register(
         name = getattr(function, "__name__", repr(function))
         for cls in classes:
             _ADAPTERS[cls] = Adapter(
-                name, function, columns, whole_call or not closed, positionwise, closed, couples_samples, kronecker
+                name,
+                function,
+                columns=columns,
+                whole_call=whole_call or not closed,
+                positionwise=positionwise,
+                closed_form=closed,
+                couples_samples=couples_samples,
+                kronecker=kronecker,
+                lookup=lookup,
             )
         return function
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from curvlib.arrays import Deferred
 from curvlib.capture import GradientRows
 from curvlib.errors import CaptureError, ConfigurationError, NonFiniteError
 
@@ -31,9 +33,26 @@ def check_unscaled(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_gradients(
-    groups: Sequence[Mapping[str, Any]], loss: Any, rows: Mapping[str, GradientRows], step: int
+    groups: Sequence[Mapping[str, Any]],
+    loss: Any,
+    rows: Mapping[str, GradientRows],
+    step: int,
+    later: Deferred | None = None,
 ) -> None:
     """Refuse a step without gradients, with sparse ones, or with a loss that is not finite.
+
+    Parameters
+    ----------
+    groups
+        Parameter groups.
+    loss
+        What a closure returned, if anything.
+    rows
+        Gradients as rows.
+    step
+        Number of the step.
+    later
+        Takes the check of the loss, where it is put off.
 
     Raises
     ------
@@ -45,14 +64,29 @@ def check_gradients(
     given = [p for group in groups for p in group["params"] if p.grad is not None]
     if not given and not rows:
         raise CaptureError("step() found no gradient: call loss.backward() before optimizer.step()")
-    if isinstance(loss, Tensor) and not bool(torch.isfinite(loss).all()):
-        raise NonFiniteError(f"step {step}: the loss is {loss.tolist()}; parameters and state are unchanged")
+    if isinstance(loss, Tensor):
+        elsewhere = loss.device != groups[0]["params"][0].device  # a loss on the CPU may as well be looked at
+        good = torch.isfinite(loss).all()
+        _require(good, partial(_bad_loss, loss.detach(), step), None if elsewhere else later)
     if any(p.grad.is_sparse for p in given):
         raise CaptureError("gradients must be dense: set sparse=False on the embedding")
 
 
-def check_finite_gradients(groups: Sequence[Mapping[str, Any]], model: nn.Module, step: int) -> None:
+def check_finite_gradients(
+    groups: Sequence[Mapping[str, Any]], model: nn.Module, step: int, later: Deferred | None = None
+) -> None:
     """Refuse gradients that are not finite.
+
+    Parameters
+    ----------
+    groups
+        Parameter groups.
+    model
+        Knows the names of parameters.
+    step
+        Number of the step.
+    later
+        Takes the check, where it is put off.
 
     Raises
     ------
@@ -60,19 +94,28 @@ def check_finite_gradients(groups: Sequence[Mapping[str, Any]], model: nn.Module
         Naming the parameters.
     """
     given = [p for group in groups for p in group["params"] if p.grad is not None]
-    bad = _not_finite([p.grad for p in given])
-    if bad:
-        names = {id(p): name for name, p in model.named_parameters()}
-        listed = ", ".join(names.get(id(given[place]), "?") for place in bad)
-        raise NonFiniteError(
-            f"step {step}: the gradient is not finite in {listed}; parameters and state are "
-            "unchanged. Look at the loss and the inputs, lower the learning rate, or scale the loss (GradScaler) "
-            "under float16"
-        )
+    if given:
+        norms = _norms([p.grad for p in given])
+        # Gradients may be gone when this is looked at; their norms are not.
+        _require(_all_finite(norms, later), partial(_bad_gradients, norms, given, model, step), later)
+
+
+def _bad_gradients(norms: Tensor, given: Sequence[Tensor], model: nn.Module, step: int) -> str:
+    names = {id(p): name for name, p in model.named_parameters()}
+    listed = ", ".join(names.get(id(given[place]), "?") for place in _not_finite(norms))
+    return (
+        f"step {step}: the gradient is not finite in {listed}; parameters and state are "
+        "unchanged. Look at the loss and the inputs, lower the learning rate, or scale the loss (GradScaler) "
+        "under float16"
+    )
 
 
 def check_directions(
-    directions: Mapping[str, Mapping[str, Tensor]], others: Sequence[Tensor], step: int, cause: Callable[[], None]
+    directions: Mapping[str, Mapping[str, Tensor]],
+    others: Sequence[Tensor],
+    step: int,
+    cause: Callable[[], None],
+    later: Deferred | None = None,
 ) -> None:
     """Refuse natural gradients that are not finite.
 
@@ -85,7 +128,10 @@ def check_directions(
     step
         Number of the step.
     cause
-        Raises if the gradients themselves are not finite; asked only when something is wrong.
+        Raises if the gradients themselves are not finite; asked only when something is wrong, and not where checks are
+        put off.
+    later
+        Takes the check, where it is put off.
 
     Raises
     ------
@@ -93,24 +139,50 @@ def check_directions(
         Naming the blocks.
     """
     places = [(block, tensor) for block, parts in directions.items() for tensor in parts.values()]
-    bad = _not_finite([*(tensor for _, tensor in places), *others])
-    if bad:
-        cause()
-        blocks = dict.fromkeys(places[place][0] for place in bad if place < len(places))
-        raise NonFiniteError(
-            f"step {step}: the natural gradient of block {', '.join(map(repr, blocks))} is not finite; "
-            "parameters and state are unchanged. Look at the loss and the inputs, lower the learning rate or raise "
-            "the damping"
-        )
-
-
-def _not_finite(tensors: Sequence[Tensor]) -> list[int]:
-    """Positions of tensors that hold an infinity or NaN."""
+    tensors = [*(tensor for _, tensor in places), *others]
     if not tensors:
-        return []
+        return
+    norms = _norms(tensors)
+    message = partial(_bad_directions, norms, [block for block, _ in places], step)
+    good = _all_finite(norms, later)
+    if good is False:
+        cause()
+    _require(good, message, later)
+
+
+def _bad_directions(norms: Tensor, blocks: Sequence[str], step: int) -> str:
+    named = dict.fromkeys(blocks[place] for place in _not_finite(norms) if place < len(blocks))
+    return (
+        f"step {step}: the natural gradient of block {', '.join(map(repr, named))} is not finite; "
+        "parameters and state are unchanged. Look at the loss and the inputs, lower the learning rate or raise "
+        "the damping"
+    )
+
+
+def _bad_loss(loss: Tensor, step: int) -> str:
+    return f"step {step}: the loss is {loss.tolist()}; parameters and state are unchanged"
+
+
+def _require(holds: Tensor | bool, message: Callable[[], str], later: Deferred | None) -> None:
+    if later is not None:
+        later.add(holds, message, NonFiniteError)
+    elif not bool(holds):
+        raise NonFiniteError(message())
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
     norms = torch._foreach_norm(list(tensors))
-    total = torch.stack([norm.to(norms[0]) for norm in norms])
-    if bool(torch.isfinite(total.sum())):
-        return []
+    return torch.stack([norm.to(norms[0]) for norm in norms])
+
+
+def _all_finite(norms: Tensor, later: Deferred | None) -> Tensor | bool:
+    """Whether all are: on the device where that is put off, at once otherwise."""
+    if later is not None:
+        return torch.isfinite(norms).all()
     # A sum of large norms may overflow where none of them is infinite.
-    return [place for place, good in enumerate(torch.isfinite(total).tolist()) if not good]
+    return bool(torch.isfinite(norms.sum())) or not _not_finite(norms)
+
+
+def _not_finite(norms: Tensor) -> list[int]:
+    """Positions of norms that are infinite or NaN."""
+    return [place for place, good in enumerate(torch.isfinite(norms).tolist()) if not good]

@@ -29,7 +29,7 @@ from curvlib.solvers import Solver
 __all__ = ["compose"]
 
 
-@checking(bool, int)
+@checking(bool, int, bool | None)
 def compose(
     model: nn.Module,
     *,
@@ -53,6 +53,7 @@ def compose(
     matmul_precision: Precision = "highest",
     factorize_in: FactorizeIn = None,
     on_failure: OnFailure = "keep",
+    deferred: bool | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> NaturalGradient:
     """Assemble a natural-gradient optimizer from its parts.
@@ -122,6 +123,14 @@ def compose(
         block without any inverse moves along g/λ until its next refresh. ``"skip"``: the step does nothing, nor does
         one whose gradients are not finite. ``"raise"``: an error. There is one warning a block, and everything is
         counted in ``optimizer.health``.
+    deferred
+        Whether the checks of a step stay on the device until the next one begins, so that no step waits for a GPU.
+        What a step would have raised, warned of or counted comes one call of `step` later (or with ``state_dict()`` or
+        ``health``); parameters and state are then as they were before the step that failed. None: where the parameters
+        are on a CUDA device. Parts that need numbers of the step itself have its checks read at once all the same:
+        closures that are called twice, callbacks, `OnEvidence`, `TraceRelative` when it refreshes, other array
+        libraries, parameters on several devices, a block's first curvature, and every step after one whose
+        factorisation had failed.
     callbacks
         Functions ``callback(optimizer, loss)`` called after every step, skipped ones too; the loss is what the closure
         returned, None without one. `CSVWriter` and `TensorBoardWriter` are ready ones.
@@ -179,5 +188,6 @@ def compose(
         fused=fused,
         plan=plan,
         on_failure=on_failure,
+        deferred=deferred,
         callbacks=callbacks,
     )

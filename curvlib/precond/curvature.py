@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from curvlib.arrays import Vector, dot, is_finite, map_arrays, namespace, record
+from curvlib.arrays import Vector, deferred, dot, is_finite, map_arrays, namespace, record
 from curvlib.errors import CaptureError, CurvatureError
 from curvlib.factors import Factors
 from curvlib.layers import Block
 from curvlib.precond.damping import Damping
+from curvlib.precond.deferral import Later
 from curvlib.precond.failure import REFRESH_FAILURES, Failures, PlainGradient, as_failure, naming
 from curvlib.precond.gradients import BlockGradient
 from curvlib.precond.ladder import factorize_with_retries
@@ -79,12 +81,15 @@ class Renewal:
         When new rows are looked at, used and factorised.
     failures
         What to do about a block that cannot be renewed.
+    later
+        Takes the checks of factorisations, where nobody waits for them.
     """
 
     solvers: Mapping[str, Solver]
     damping: Damping
     refresh: Refresh
     failures: Failures = field(default_factory=Failures)
+    later: Later | None = None
 
     def renewed(
         self,
@@ -126,6 +131,7 @@ class Renewal:
                 try:
                     new = self._updated(block, state, rows, step)
                 except REFRESH_FAILURES as error:
+                    self._look_first()
                     result[block.name] = self._given_up(block, state, error, step)
                     continue
                 if state.inverse is None or self.refresh.inverse_due(step):
@@ -169,14 +175,44 @@ class Renewal:
         for group in together.values():
             solver = self.solvers[group[0].block.name]
             try:
-                inverses = solver.factorize_all([one.state.estimate for one in group], [one.damping for one in group])
+                with nullcontext() if self.later is None else deferred() as checks:
+                    inverses = solver.factorize_all(
+                        [one.state.estimate for one in group], [one.damping for one in group]
+                    )
             except REFRESH_FAILURES as error:
                 if as_failure(error) is None:
                     raise
+                self._look_first()
                 result.update((one.block.name, self._factorized(one, step)) for one in group)
                 continue
+            if self.later is not None and checks is not None:
+                self.later.factorizations.append((group, checks))
             for one, inverse in zip(group, inverses, strict=True):
                 result[one.block.name] = replace(one.state, inverse=inverse, damping=one.damping, factorized=step)
+        return result
+
+    def _look_first(self) -> None:
+        """Where something failed at once, a gradient that is not finite is the cause to be named."""
+        if self.later is not None:
+            self.later.gradients.raise_if_failed()
+
+    def seen(self, step: int) -> dict[str, BlockState]:
+        """States of the blocks whose factorisations were put off and failed: made again, with all that can be tried.
+
+        Parameters
+        ----------
+        step
+            Number of the step that they belong to.
+
+        Raises
+        ------
+        RefreshError
+            As `renewed`.
+        """
+        result: dict[str, BlockState] = {}
+        for group, checks in self.later.factorizations if self.later is not None else ():
+            if checks.good is not None and not bool(checks.good):
+                result.update((one.block.name, self._factorized(one, step)) for one in group)
         return result
 
     def _factorized(self, one: _Factorization, step: int) -> BlockState:
@@ -253,9 +289,20 @@ def natural_gradient(solver: Solver, state: BlockState, gradient: Vector | Block
 
 
 def natural_gradients(
-    solvers: Mapping[str, Solver], states: Mapping[str, BlockState], gradients: Mapping[str, BlockGradient]
+    solvers: Mapping[str, Solver],
+    states: Mapping[str, BlockState],
+    gradients: Mapping[str, BlockGradient],
+    later: Later | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Natural gradients of all blocks that have a gradient; those of one solver are solved for together."""
+    """Natural gradients of all blocks that have a gradient; those of one solver are solved for together.
+
+    Parameters
+    ----------
+    solvers, states, gradients
+        By block.
+    later
+        Takes the checks of solves, where nobody waits for them.
+    """
     result: dict[str, dict[str, Tensor]] = {}
     together: dict[int, list[str]] = {}
     for name, gradient in gradients.items():
@@ -266,8 +313,10 @@ def natural_gradients(
     for names in together.values():
         given = [gradients[name] for name in names]
         asked = [_wide(one.vector) if one.own or one.rows is None else one.rows.factors for one in given]
-        with naming(*names):
+        with naming(*names), nullcontext() if later is None else deferred() as checks:
             naturals = solvers[names[0]].solve_all([states[name].inverse for name in names], asked)
+        if later is not None and checks is not None:
+            later.directions.take(checks, f"block {' or '.join(map(repr, names))}: ")
         for name, one, natural in zip(names, given, naturals, strict=True):
             scale = 1.0 if one.own or one.rows is None else one.rows.scale
             result[name] = {

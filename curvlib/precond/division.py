@@ -123,7 +123,7 @@ class Division:
         chosen = choose_solvers(self.solver, blocks, strict)
         chosen |= {name: solver for name, solver in own.items() if solver is not None}
         check_combination(chosen, self.fisher, self.refresh)
-        check_kronecker(chosen, blocks)
+        check_rows(chosen, blocks)
         return chosen
 
     def at_work(self, solvers: Mapping[str, Solver], blocks: Sequence[Block]) -> dict[str, Solver]:
@@ -193,8 +193,8 @@ def check_combination(solvers: Mapping[str, Solver], fisher: Fisher, refresh: Re
             raise ConfigurationError(f"{name} solves with the rows of the step's own gradient: use refresh=1")
 
 
-def check_kronecker(solvers: Mapping[str, Solver], blocks: Sequence[Block]) -> None:
-    """Refuse Kronecker solvers for blocks whose rows are no products of inputs and cotangents.
+def check_rows(solvers: Mapping[str, Solver], blocks: Sequence[Block]) -> None:
+    """Refuse solvers for blocks whose rows are not of the kind that they need, as far as that can be told beforehand.
 
     Raises
     ------
@@ -202,19 +202,33 @@ def check_kronecker(solvers: Mapping[str, Solver], blocks: Sequence[Block]) -> N
         Naming the blocks, their solvers, and what to use instead.
     """
     refused = [block for block in blocks if solvers[block.name].of_kronecker_rows and not block.kronecker]
-    if not refused:
-        return
-    listed = ", ".join(
+    if refused:
+        raise ConfigurationError(
+            "Kronecker solvers need rows that are products of inputs and cotangents of one weight matrix; those of "
+            f"{_listed(refused, solvers)} are not: use Woodbury, Dense or Diagonal there, as in "
+            f"{_instead(refused[0], solvers)}"
+        )
+    refused = [block for block in blocks if solvers[block.name].of_preactivations and not block.preactivations]
+    if refused:
+        first = refused[0]
+        reason = "is a table that is looked up in" if any(use.adapter.lookup for use in first.uses) else "is frozen"
+        raise ConfigurationError(
+            f"{type(solvers[first.name]).__name__} follows pre-activations, a trained weight times inputs, and there "
+            f"are none in {_listed(refused, solvers)}: the weight of {first.name!r} {reason}; use Woodbury, Diagonal "
+            f"or KFAC there, as in {_instead(first, solvers)}"
+        )
+
+
+def _listed(blocks: Iterable[Block], solvers: Mapping[str, Solver]) -> str:
+    return ", ".join(
         f"{block.name!r} ({' + '.join(dict.fromkeys(use.adapter.name for use in block.uses))}; "
         f"{type(solvers[block.name]).__name__})"
-        for block in refused
+        for block in blocks
     )
-    first = refused[0].name
-    raise ConfigurationError(
-        "Kronecker solvers need rows that are products of inputs and cotangents of one weight matrix; those of "
-        f"{listed} are not: use Woodbury, Dense or Diagonal there, as in solver={{{first!r}: Woodbury(), "
-        f"'*': {type(solvers[first]).__name__}(...)}}"
-    )
+
+
+def _instead(block: Block, solvers: Mapping[str, Solver]) -> str:
+    return f"solver={{{block.name!r}: Woodbury(), '*': {type(solvers[block.name]).__name__}(...)}}"
 
 
 def choose_solvers(

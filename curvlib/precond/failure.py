@@ -160,12 +160,16 @@ class Failures:
         """Take note of a factorisation that needed more than one attempt."""
         self._tell(block, step, "not positive definite at first", "retried", f"it was factorised {'; '.join(what)}")
 
+    def skips(self, error: CurvatureError) -> bool:
+        """Whether a step that fails in this way is to be skipped instead of raised."""
+        return self.policy == "skip" and isinstance(error, RefreshError | NonFiniteError)
+
     def refuse(self, error: CurvatureError, step: int) -> bool:
         """Take note of a step that failed, and return whether it is to be skipped instead of raised."""
         self.last = str(error)
         if isinstance(error, RefreshError):
             self.by_block[error.block] += 1
-        if self.policy == "skip" and isinstance(error, RefreshError | NonFiniteError):
+        if self.skips(error):
             self.skipped += 1
             self._tell("", step, str(error).removeprefix(f"step {step}: "), "skipped", "the step was skipped")
             return True

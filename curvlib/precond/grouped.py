@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from weakref import finalize, ref
 
@@ -57,6 +57,7 @@ class Grouped(torch.optim.Optimizer):
         verify: bool = True,
         fused: bool = False,
         plan: Plan | None = None,
+        deferred: bool | None = None,
     ) -> None:
         territory = division.territory()
         parts = division.divided(territory.values())
@@ -83,7 +84,7 @@ class Grouped(torch.optim.Optimizer):
         self._damping = damping
         self._division = division
         self._due = True
-        self._seed, self._verify, self._fused = seed, verify, fused
+        self._seed, self._verify, self._fused, self._deferred = seed, verify, fused, deferred
         self._fresh = fresh(self.fisher, self.refresh)
         self._blocks: tuple[Block, ...] = ()
         self._asked: dict[str, Solver] = {}  # what each block's state belongs to, as it was composed
@@ -172,6 +173,7 @@ class Grouped(torch.optim.Optimizer):
         if not self._ready:
             super().add_param_group(param_group)
             return
+        self._look()
         taken = {id(p) for group in self.param_groups for p in group["params"]}
         named = {name: p for name, p in self.model.named_parameters() if id(p) not in taken}
         group = resolved(param_group, named, self._division.parts().blocks)
@@ -235,7 +237,11 @@ class Grouped(torch.optim.Optimizer):
     def _notice_frozen(self) -> None:
         """Divide anew if parameters were frozen or unfrozen."""
         if [p.requires_grad for p in self._mine] != self._trainable:
+            self._look()
             self._divide()
+
+    def _look(self) -> None:
+        """Look at a step whose checks were put off; here there is none."""
 
     def _before_pass(self) -> None:
         self._notice_frozen()
@@ -255,8 +261,10 @@ class Grouped(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs: buffers, estimates, inverses, ages, step and label source.
 
-        `torch.load(weights_only=True)` reads it back.
+        `torch.load(weights_only=True)` reads it back. Where the checks of the last step are still on the device, they
+        are looked at first, and raise what the step would have raised; it is undone then, and another call is good.
         """
+        self._look()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -269,6 +277,8 @@ class Grouped(torch.optim.Optimizer):
         CurvatureError
             If it holds no curvature, that of other blocks, solvers or of another version, or is damaged.
         """
+        with suppress(CurvatureError):  # a step that failed is undone, and then forgotten with the rest
+            self._look()
         self._notice_frozen()
         found: list[Saved] = []
 
@@ -331,6 +341,7 @@ class Grouped(torch.optim.Optimizer):
             "verify": self._verify,
             "fused": self._fused,
             "plan": self.plan,
+            "deferred": self._deferred,
         }
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

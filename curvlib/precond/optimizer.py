@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.arrays import Deferred
 from curvlib.capture import GradientRows
 from curvlib.capture.autocast import without_autocast
 from curvlib.errors import CaptureError
@@ -18,17 +19,17 @@ from curvlib.precond.applied import transformed
 from curvlib.precond.callbacks import Callback, check_callback, guarded
 from curvlib.precond.checks import check_directions, check_finite_gradients, check_gradients, check_unscaled
 from curvlib.precond.curvature import BlockState, Renewal, natural_gradients
+from curvlib.precond.deferral import Unseen, Verdict, selected
+from curvlib.precond.deferring import Deferring
 from curvlib.precond.division import Division
 from curvlib.precond.failure import Failures, OnFailure
 from curvlib.precond.gradients import block_gradients, gaining, scaled_rows, turned
-from curvlib.precond.grouped import Grouped
 from curvlib.precond.groups import ByGroup, Group, check_options, one_sign, spoken_for
 from curvlib.precond.health import Health, Moved
 from curvlib.precond.second_pass import (
     evaluate_again,
     evaluations,
     followed,
-    needs_closure,
     predicted_change,
     require_closure,
 )
@@ -38,7 +39,7 @@ from curvlib.solvers import Solver
 __all__ = ["NaturalGradient"]
 
 
-class NaturalGradient(Grouped):
+class NaturalGradient(Deferring):
     """Moves along transformed natural gradients; `curvlib.compose` makes it and documents the parameters.
 
     Attributes
@@ -67,7 +68,6 @@ class NaturalGradient(Grouped):
         self._capture.lenient = on_failure == "skip"
         self.callbacks = callbacks
         self._watched = bool(self.callbacks)
-        self._moved: Moved | None = None
 
     @property
     def health(self) -> Health:
@@ -75,6 +75,7 @@ class NaturalGradient(Grouped):
 
         From the first look on, a step keeps its move until the next one, for the KL divergence.
         """
+        self._look()
         self._watched = True
         return Health(self, self._moved)
 
@@ -82,11 +83,6 @@ class NaturalGradient(Grouped):
         """Call ``callback(optimizer, loss)`` after every step, after those that are there; see `compose`."""
         self.callbacks.append(check_callback(callback))
         self._watched = True
-
-    @property
-    def needs_closure(self) -> bool:
-        """Whether `step` must be given a closure, because the damping or a solver looks at the batch a second time."""
-        return bool(needs_closure(self.damping, self.solvers))
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -121,7 +117,8 @@ class NaturalGradient(Grouped):
         Notes
         -----
         Whatever is raised, parameters and the optimizer's state are as they were, unless the second call of a closure
-        raises it.
+        raises it. Where checks are put off (`deferred`), what is raised is about the step before, by its number: that
+        one is undone, and this one is not taken. Call `step` again to take it.
         """
         if self._capture.detached:
             raise CaptureError(
@@ -134,15 +131,21 @@ class NaturalGradient(Grouped):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._look(stepping=True)
         self._notice_frozen()
         groups = spoken_for(self._own_groups())
         try:
             with without_autocast(self._generator.device):
                 taken = self._capture.taken()
                 factors, rows = taken.factors, scaled_rows(taken)
-            check_gradients(self.param_groups, loss, rows, self.steps)
-            if factors or self._due or any(transform.on_gradient for transform in self.transforms):
-                self._check_finite()  # before what is costly; otherwise with the directions
+            later = self._later(rows)
+            waiting = None if later is None else later.gradients
+            for checks in taken.checks:
+                elsewhere = checks.good is not None and checks.good.device != self._device
+                checks.raise_if_failed() if waiting is None or elsewhere else waiting.take(checks)
+            check_gradients(self.param_groups, loss, rows, self.steps, waiting)
+            if later is not None or factors or self._due or any(transform.on_gradient for transform in self.transforms):
+                self._check_finite(waiting)  # before what is costly; otherwise with the directions
             self._untouched.check()
         finally:
             self._capture.clear()
@@ -153,6 +156,7 @@ class NaturalGradient(Grouped):
         upwards = [name for name, up in self._said("maximize").items() if up]
         factors, rows = turned(factors, rows, upwards, self.fisher)
         context, own = self._context(groups, rows)
+        in_place, host = self._before(later)
         if any(transform.on_gradient for transform in self.transforms):
             changed = transformed(self.transforms, self.state, context.gradients, context, before=True)
             context = replace(context, given=changed)
@@ -161,7 +165,7 @@ class NaturalGradient(Grouped):
         solvers, asked, curvature = self._switched(used)
         with without_autocast(self._generator.device):
             damping = ByGroup(self.damping, self._said("damping"))
-            renewal = Renewal(solvers, damping, self.refresh, self.failures)
+            renewal = Renewal(solvers, damping, self.refresh, self.failures, later)
             curvature, natural = self._natural(renewal, curvature, own, rows, factors, used)
         # Outside every block the direction is the gradient itself.
         moves = [natural[p] if p in natural else own[p] for p in context.parameters]
@@ -169,11 +173,17 @@ class NaturalGradient(Grouped):
         adapts = self._adapts() and bool(factors)
         predicted = predicted_change(self._blocks, context, moves, factors) if adapts else None
         before = evaluations(self._blocks, solvers, curvature, factors, self.steps)
+        if later is not None:
+            good = later.good
+            moves = selected(good, moves)
         for rate in dict.fromkeys(context.rates):
             chosen = [place for place, own in enumerate(context.rates) if own == rate]
             torch._foreach_add_([context.parameters[i] for i in chosen], [moves[i] for i in chosen], alpha=-rate)
         if self._adamw is not None:
             self._adamw.step()
+        if later is not None:
+            in_place.keep_if(good)
+            self._unseen = Unseen(self.steps, Verdict(good), later, renewal, in_place, host)
         if closure is not None and (predicted is not None or before):
             parameters = [p for group in self.param_groups for p in group["params"]]
             again, again_rows = evaluate_again(closure, self._capture, parameters, rows=bool(before))
@@ -194,8 +204,8 @@ class NaturalGradient(Grouped):
         self._arm()
         return loss
 
-    def _check_finite(self) -> None:
-        check_finite_gradients(self.param_groups, self.model, self.steps)
+    def _check_finite(self, later: Deferred | None = None) -> None:
+        check_finite_gradients(self.param_groups, self.model, self.steps, later)
 
     def _context(
         self, groups: Mapping[Tensor, Group], rows: Mapping[str, GradientRows]
@@ -249,7 +259,8 @@ class NaturalGradient(Grouped):
         gradients = block_gradients(self._blocks, own, rows)
         curvature = renewal.renewed(self._blocks, states, used, gradients, self.steps)
         natural: dict[Tensor, Tensor] = {}
-        directions = natural_gradients(renewal.solvers, curvature, gradients)
+        later = renewal.later
+        directions = natural_gradients(renewal.solvers, curvature, gradients, later)
         for block in self._blocks:
             if block.name in gradients:
                 state, gradient, direction = curvature[block.name], gradients[block.name], directions[block.name]
@@ -264,7 +275,8 @@ class NaturalGradient(Grouped):
         # Rows that are not finite have no Cholesky factor, so what an exact solver made of them needs no second look.
         sound = {name for name in rows if self._fresh and renewal.solvers[name].exact}
         looked = {name: direction for name, direction in directions.items() if name not in sound}
-        check_directions(looked, others, self.steps, cause=self._check_finite)
+        waiting = None if later is None else later.directions
+        check_directions(looked, others, self.steps, cause=self._check_finite, later=waiting)
         if self._fused:
             self._capture.hand_over(gaining(self._blocks, renewal.solvers, factors, self._fresh))
         return curvature, natural

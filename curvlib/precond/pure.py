@@ -52,6 +52,11 @@ class PureStep:
     ConfigurationError
         If a layer or a transform has no place in a pure step.
 
+    Notes
+    -----
+    Within `curvlib.arrays.deferred` a step reads nothing of the device, so it can be captured as a CUDA graph: with
+    fixed tensors for the batch, and `write` for the state.
+
     Examples
     --------
     >>> import torch, curvlib
@@ -124,6 +129,21 @@ class PureStep:
         self._seen = {}
         return {"parameters": parameters, "buffers": buffers, "taps": taps}
 
+    @staticmethod
+    def write(state: State, new: State, good: Tensor | None = None) -> None:
+        """Write a new state over an old one, in place, as a CUDA graph of the step needs it.
+
+        Parameters
+        ----------
+        state, new
+            Before and after a step.
+        good
+            A boolean on the device, without axes: unless it is true, the old state stays.
+        """
+        for old, value in zip(_leaves(state), _leaves(new), strict=True):
+            if value is not old:
+                old.copy_(value if good is None else torch.where(good, value, old))
+
     def _evaluate(
         self, taps: dict[str, Tensor], parameters: dict[str, Tensor], inputs: Sequence[Tensor], targets: Sequence[Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -173,6 +193,12 @@ class PureStep:
             buffers |= {f"{place}.{name}": values for name, values in own.items()}
         moved = {name: p - self.lr * move for name, p, move in zip(names, old, moves, strict=True)}
         return {"parameters": {**parameters, **moved}, "buffers": buffers, "taps": taps}, loss
+
+
+def _leaves(state: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    return [leaf for part in (state.values() if isinstance(state, dict) else state) for leaf in _leaves(part)]
 
 
 def _full(block: Block, name: str) -> str:

@@ -244,7 +244,9 @@ class Graft(Transform):
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, context.gradients, context.gradients, 1 - beta2)
         correct1, correct2 = 1 - beta1 ** (context.step + 1), 1 - beta2 ** (context.step + 1)
-        return [(m / correct1) / ((v / correct2).sqrt() + self.eps) for m, v in zip(first, second, strict=True)]
+        scales = torch._foreach_sqrt(torch._foreach_div(second, correct2))
+        torch._foreach_add_(scales, self.eps)
+        return list(torch._foreach_div(torch._foreach_div(first, correct1), scales))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Wrapped(Solver):
     solver: Solver
 
     def __post_init__(self) -> None:
-        for name in ("of_gradient", "of_fresh_rows", "of_second_pass"):
+        for name in ("of_gradient", "of_fresh_rows", "of_second_pass", "of_preactivations"):
             object.__setattr__(self, name, getattr(self.solver, name))
 
     @property

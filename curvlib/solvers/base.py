@@ -50,6 +50,9 @@ class Solver(Checked, ABC):
     of_second_pass: ClassVar[bool] = False
     """Whether `follow` compares a step's batch before and after the step, so that steps need a closure."""
 
+    of_preactivations: ClassVar[bool] = False
+    """Whether `follow` reads pre-activations off rows: a trained weight times inputs, no table, no lone bias."""
+
     @property
     def of_kronecker_rows(self) -> bool:
         """Whether rows must have a Kronecker form (`Factors.kronecker_rows`)."""

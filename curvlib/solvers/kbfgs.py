@@ -117,6 +117,7 @@ class KBFGS(Solver):
     of_gradient: ClassVar[bool] = True
     of_second_pass: ClassVar[bool] = True
     of_kronecker_rows: ClassVar[bool] = True
+    of_preactivations: ClassVar[bool] = True
     decay: float = 0.9
     pair_decay: float = 0.9
     powell: float = 0.2

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
-from curvlib.arrays import Array, Vector, add_diagonal, cholesky, cholesky_solve, dot, namespace, record, trace
+from curvlib.arrays import (
+    Array,
+    Vector,
+    add_diagonal,
+    cholesky,
+    cholesky_solve,
+    dot,
+    namespace,
+    record,
+    require,
+    trace,
+)
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors
 from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping
@@ -160,18 +172,21 @@ def multiple_of_mean(gradient: Vector, mean: Vector, square: Array, tolerance: f
     size, own, both = dot(mean, mean), dot(gradient, gradient), dot(mean, gradient)
     # Below this the mean is what rounding left of rows that cancel, and has no direction to compare.
     noise = (100 * xp.finfo(square.dtype).eps) ** 2 * square
-    if float(size) <= float(noise):
-        return xp.ones_like(size)
+    lost = size <= noise
     # ‖g − c m‖² with c = ⟨g, m⟩ / ‖m‖², the best multiple.
-    multiple = both / size
+    multiple = both / xp.where(lost, xp.ones_like(size), size)
     rest = {key: gradient[key] - multiple * mean[key] for key in mean}
     distance = dot(rest, rest)
     allowed = tolerance**2 * own + multiple**2 * noise
-    if not (float(multiple) >= 0 and float(distance) <= float(allowed)):
-        raise ConfigurationError(
-            f"{name} needs the gradient of the rows that it solves with, but this gradient is "
-            f"{float(distance / own) ** 0.5:.2g} of its length away from every multiple of their mean: use "
-            "fisher=Empirical() with refresh=1 and the loss that the gradient comes from (transforms of the "
-            "gradient before the step may scale it, no more); in reduced precision raise `tolerance`"
-        )
-    return multiple
+    fits = lost | ((multiple >= 0) & (distance <= allowed))
+    require(fits, partial(_of_other_rows, name, distance, own), ConfigurationError)
+    return xp.where(lost, xp.ones_like(multiple), multiple)
+
+
+def _of_other_rows(name: str, distance: Array, own: Array) -> str:
+    return (
+        f"{name} needs the gradient of the rows that it solves with, but this gradient is "
+        f"{float(distance / own) ** 0.5:.2g} of its length away from every multiple of their mean: use "
+        "fisher=Empirical() with refresh=1 and the loss that the gradient comes from (transforms of the gradient "
+        "before the step may scale it, no more); in reduced precision raise `tolerance`"
+    )

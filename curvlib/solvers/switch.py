@@ -86,6 +86,10 @@ class Switch(Solver):
         return any(solver.of_second_pass for solver in self.solvers)
 
     @property
+    def of_preactivations(self) -> bool:  # type: ignore[override]
+        return any(solver.of_preactivations for solver in self.solvers)
+
+    @property
     def of_kronecker_rows(self) -> bool:
         return any(solver.of_kronecker_rows for solver in self.solvers)
 

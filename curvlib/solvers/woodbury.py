@@ -114,10 +114,9 @@ class Woodbury(Solver):
                 for place in places:
                     inverses[place] = self.factorize(estimates[place], dampings[place])
                 continue
-            kernels = [estimates[place].kernel for place in places]
-            xp, values = namespace(*kernels), [check_damping(dampings[place]) for place in places]
-            added = xp.asarray(values, dtype=kernels[0].dtype, device=device(kernels[0]))
-            factors = cholesky(add_diagonal(xp.stack(kernels), added[:, None, None]))
+            # Each by itself: a list of dampings would have to be copied to the device, which waits.
+            damped = [add_diagonal(estimates[place].kernel, check_damping(dampings[place])) for place in places]
+            factors = cholesky(namespace(*damped).stack(damped))
             for number, place in enumerate(places):
                 rows = estimates[place].factors
                 inverses[place] = WoodburyInverse(rows, factors[number], float(dampings[place]))

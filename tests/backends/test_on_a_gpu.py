@@ -8,8 +8,9 @@ from torch.nn import functional
 
 import curvlib
 from curvlib import arrays
-from curvlib.errors import ConfigurationError
+from curvlib.errors import ConfigurationError, NonFiniteError
 from curvlib.factors import OuterProduct, SharedOuter
+from curvlib.precond import GradientClip, PureStep
 from curvlib.precond.places import CupyPlace
 from curvlib.solvers import EKFAC, KFAC, SKFAC, SPRING, Dense, Diagonal, Woodbury
 
@@ -63,23 +64,94 @@ def test_no_verb_of_a_solver_waits_for_the_device(solver, build, waits_raise):
     assert all(bool(torch.isfinite(value).all()) for value in natural.values())
 
 
-@pytest.mark.xfail(reason="the optimizer looks at the norms of gradients, and at factorisations, as they are made")
-@pytest.mark.parametrize("refresh", [1, 100])
-def test_no_step_waits_for_the_device(refresh):
-    model = network()
-    optimizer = curvlib.compose(
-        model, fisher=curvlib.Empirical(), solver=Woodbury(), damping=0.1, lr=0.1, refresh=refresh
-    )
+STEPS = {
+    "TENGraD": {"fisher": curvlib.Sampled()},
+    "TENGraD, exact": {"fisher": curvlib.Exact()},
+    "TENGraD, empirical": {},
+    "TENGraD, gradients as rows": {"fused": True, "transforms": (curvlib.Momentum(0.9),)},
+    "TENGraD, float64": {"factorize_in": "float64", "matmul_precision": "high"},
+    "KFAC": {"solver": KFAC()},
+    "SKFAC": {"solver": SKFAC()},
+    "Dense": {"solver": Dense()},
+    "Diagonal": {"solver": Diagonal()},
+    "EKFAC": {"solver": EKFAC(), "refresh": 100},
+    "clipped": {"transforms": (GradientClip(1.0), curvlib.Momentum(0.9))},
+}
+
+
+@pytest.mark.parametrize("refresh", [1, 3, 100])
+@pytest.mark.parametrize("name", STEPS)
+def test_no_step_waits_for_the_device(name, refresh):
+    model, usual = network(), (curvlib.KLClip(), curvlib.WeightDecay(1e-3), curvlib.Momentum(0.9))
+    options = {"fisher": curvlib.Empirical(), "solver": Woodbury(), "transforms": usual, "refresh": refresh}
+    optimizer = curvlib.compose(model, damping=0.1, lr=0.1, **{**options, **STEPS[name]})
     x, y = torch.ones(6, 2, 8, 8, device="cuda").double(), torch.zeros(6, device="cuda", dtype=torch.int64)
     try:
-        for step in range(4):
-            if step == 2:  # the first pass is checked, which waits
+        for step in range(6):
+            if step == 2:  # the first pass is checked, and the first curvature looked at
                 torch.cuda.set_sync_debug_mode("error")
             optimizer.zero_grad()
             functional.cross_entropy(model(x), y).backward()
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.health.steps == 6
+    assert not optimizer._wary
+
+
+@pytest.mark.parametrize("solver", [Woodbury(), Dense(), KFAC(), SKFAC()], ids=repr)
+def test_steps_are_those_that_are_looked_at_at_once(solver):
+    ends = [train(network(), solver, steps=6, fisher=curvlib.Exact(), deferred=deferred) for deferred in (False, None)]
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-12)
+
+
+def test_a_step_that_fails_moves_nothing_and_is_told_of_one_step_later():
+    model = network()
+    optimizer = curvlib.compose(model, fisher=curvlib.Empirical(), solver=Woodbury(), damping=0.1, lr=0.1)
+    x, y = torch.randn(6, 2, 8, 8, device="cuda").double(), torch.arange(6, device="cuda") % 5
+    for number in range(3):
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x * (torch.nan if number == 2 else 1)), y).backward()
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    with pytest.raises(NonFiniteError, match="step 2"):
+        optimizer.state_dict()
+
+
+@pytest.mark.parametrize("solver", [Woodbury(), KFAC(decay=0.0), SKFAC(), Dense()], ids=repr)
+def test_a_pure_step_is_captured_as_a_graph(solver):
+    pure = PureStep(
+        network(), functional.cross_entropy, solver=solver, damping=0.1, lr=0.1, transforms=[curvlib.Momentum(0.9)]
+    )
+    batches = [(torch.randn(6, 2, 8, 8, device="cuda").double(), torch.randint(5, (6,), device="cuda")) for _ in "123"]
+    x, y = (tensor.clone() for tensor in batches[0])
+    state, expected = pure.init(x), pure.init(x)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), arrays.deferred():
+        for _ in range(3):  # libraries make their handles and workspaces
+            pure(state, (x,), (y,))
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), arrays.deferred() as checks:
+        new, loss = pure(state, (x,), (y,))
+        good = checks.good
+        pure.write(state, new, good)
+    for batch in batches:
+        for static, fresh in zip((x, y), batch, strict=True):
+            static.copy_(fresh)
+        graph.replay()
+        expected, expected_loss = pure(expected, batch[:1], batch[1:])
+        assert bool(good)
+        torch.testing.assert_close(loss, expected_loss)
+    for name, value in state["parameters"].items():
+        torch.testing.assert_close(value, expected["parameters"][name], rtol=0, atol=1e-10)
+    before = {name: value.clone() for name, value in state["parameters"].items()}
+    x.fill_(torch.nan)
+    graph.replay()
+    assert not bool(good)
+    assert all(torch.equal(value, before[name]) for name, value in state["parameters"].items())
 
 
 def test_precision_holds_for_curvature_alone():

@@ -16,7 +16,20 @@ from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, OuterProduct
 from curvlib.precond.backends import Placed, plain
 from curvlib.precond.places import NumpyPlace
-from curvlib.solvers import EKFAC, KBFGS, KFAC, SKFAC, SOAP, SPRING, Diagonal, Identity, Shampoo, Switch, Woodbury
+from curvlib.solvers import (
+    EKFAC,
+    KBFGS,
+    KFAC,
+    SKFAC,
+    SOAP,
+    SPRING,
+    Diagonal,
+    Identity,
+    Shampoo,
+    Solver,
+    Switch,
+    Woodbury,
+)  # fmt: skip
 
 INPUTS, LABELS = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(1)).double(), torch.arange(6) % 5
 
@@ -159,7 +172,7 @@ def test_a_placed_solver_is_the_solver_in_all_but_place():
     for solver in (KFAC(), SOAP(), SPRING(), KBFGS(), Woodbury(low_rank=0.5)):
         elsewhere = pickle.loads(pickle.dumps(copy.deepcopy(Placed(solver, NumpyPlace()))))
         assert (plain(elsewhere), elsewhere.place) == (solver, NumpyPlace())
-        for trait in ("exact", "of_gradient", "of_fresh_rows", "of_second_pass", "of_kronecker_rows"):
+        for trait in ("exact", *(name for name in dir(Solver) if name.startswith("of_"))):
             assert getattr(elsewhere, trait) == getattr(solver, trait)
 
 

@@ -105,3 +105,16 @@ def test_what_does_not_fit_is_refused_in_a_sentence(build, message):
 def test_outputs_that_are_not_finite_are_refused():
     with pytest.raises(CaptureError, match="not finite"):
         Sampled().cotangents(torch.tensor([[1.0, math.nan]]), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_labels_are_those_that_torch_draws(dtype):
+    outputs = torch.randn(50, 7, 3, dtype=dtype)
+    source, other = (torch.Generator().manual_seed(4) for _ in range(2))
+    drawn = Categorical().sample(outputs, source)
+    probabilities = outputs.movedim(1, -1).softmax(-1).reshape(-1, 7)
+    assert torch.equal(drawn, torch.multinomial(probabilities, 1, generator=other).reshape(50, 3))
+    assert torch.equal(source.get_state(), other.get_state())
+    spoiled = outputs.index_fill(0, torch.tensor([3]), torch.nan)  # refused elsewhere, and no label out of range here
+    assert int(Categorical().sample(spoiled, source).max()) < 7
+    assert float(Bernoulli().sample(spoiled, source).max()) == 1

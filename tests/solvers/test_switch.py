@@ -10,7 +10,7 @@ from torch import nn
 
 import curvlib
 from curvlib.errors import ConfigurationError
-from curvlib.solvers import KFAC, KID, KIS, SPRING, Diagonal, Eva, MinSR, Switch, Woodbury
+from curvlib.solvers import KBFGS, KFAC, KID, KIS, SPRING, Diagonal, Eva, MinSR, Switch, Woodbury
 
 DAMPING, UPDATES = 0.2, 6
 
@@ -63,7 +63,8 @@ def test_memory_is_the_solvers_own():
 def test_it_needs_what_its_solvers_need():
     assert Switch((Woodbury(), MinSR()), (1,)).exact
     assert not Switch((Woodbury(), KIS()), (1,)).exact
-    for first, attribute in ((Eva(), "of_gradient"), (MinSR(), "of_fresh_rows"), (KFAC(), "of_kronecker_rows")):
+    needs = [(Eva(), "of_gradient"), (MinSR(), "of_fresh_rows"), (KFAC(), "of_kronecker_rows")]
+    for first, attribute in (*needs, (KBFGS(), "of_second_pass"), (KBFGS(), "of_preactivations")):
         assert getattr(Switch((Woodbury(), first), (1,)), attribute)
         assert not getattr(Switch((Woodbury(), Diagonal()), (1,)), attribute)
     options = {"solver": Switch((Woodbury(), Eva()), (1,)), "damping": 0.1, "lr": 0.1}
