@@ -37,7 +37,7 @@ FAILURES = (np.linalg.LinAlgError,)
 """What a routine raises for a matrix that it cannot decompose."""
 
 
-def add_diagonal(matrix: Array, value: Array | float) -> Array:
+def add_diagonal(matrix: Array, value: Array | float, copy: bool) -> Array:
     """A + value · I."""
     return matrix + value * np.eye(matrix.shape[-1], dtype=matrix.dtype)
 
@@ -108,7 +108,11 @@ def positions(counts: Array) -> Array:
 
 
 def side_by_side(
-    function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], widths: Sequence[int], like: Array
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    widths: Sequence[int],
+    like: Array,
+    effort: float,
 ) -> list[Any]:
     """``function(*one)`` for each of the arguments, one after the other."""
     return [function(*one) for one in arguments]

@@ -37,16 +37,16 @@ _SPLIT_UP_TO, _PART = 128, 2048
 _MIRROR_FROM = 512
 """Rows from which three products of half the size are faster than one of the whole, on a CPU."""
 
-_WORTH_THREADS = 2e6
-"""Sum of cubed widths from which decompositions side by side make up for the making of threads, on a CPU."""
+_WORTH_THREADS = 2e7
+"""Sum of cubed widths of Cholesky factorisations from which threads of their own make up for their making, on a CPU."""
 
 _ALONE_UP_TO = 2048
 """Width up to which one thread is about as fast with a matrix as all of them: LAPACK wakes them for every panel."""
 
 
-def add_diagonal(matrix: Tensor, value: Tensor | float) -> Tensor:
+def add_diagonal(matrix: Tensor, value: Tensor | float, copy: bool) -> Tensor:
     """A + value · I, without an identity."""
-    result = matrix.clone()
+    result = matrix.clone() if copy else matrix
     result.diagonal(dim1=-2, dim2=-1).add_(_by_matrix(value))
     return result
 
@@ -135,12 +135,16 @@ def positions(counts: Tensor) -> Tensor:
 
 
 def side_by_side(
-    function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], widths: Sequence[int], like: Tensor
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    widths: Sequence[int],
+    like: Tensor,
+    effort: float,
 ) -> list[Any]:
     """``function(*one)`` for each of the arguments: on a CPU with a thread for each, the widest matrices first."""
     threads = torch.get_num_threads()
     chosen = [place for place, width in enumerate(widths) if width <= _ALONE_UP_TO]
-    work = sum(widths[place] ** 3 for place in chosen)
+    work = effort * sum(widths[place] ** 3 for place in chosen)
     if like.device.type != "cpu" or threads == 1 or work < _WORTH_THREADS or is_compiling():
         return [function(*one) for one in arguments]
     chosen.sort(key=lambda place: -widths[place])

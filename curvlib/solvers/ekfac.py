@@ -100,7 +100,9 @@ class EKFAC(Solver):
                     before = None if estimate is None or self.basis == "eigh" else getattr(estimate, side)
                     sides[place, side] = getattr(pair, side), before
         widths = [matrix.shape[-1] for matrix, _ in sides.values()]
-        made = side_by_side(_basis, list(sides.values()), widths, pairs[0].inputs)
+        made = side_by_side(
+            _basis, list(sides.values()), widths, pairs[0].inputs, effort=50 if self.basis == "eigh" else 10
+        )
         bases = dict(zip(sides, made, strict=True))
         result = []
         for place, (estimate, pair, rows) in enumerate(zip(estimates, pairs, factors, strict=True)):

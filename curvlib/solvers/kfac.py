@@ -161,13 +161,13 @@ class KFAC(Solver):
         ]
         widths = [matrix.shape[-1] for matrix, _, _ in sides]
         if self.form == "eigen" or self.damping == "exact":
-            bases = side_by_side(eigh, [(matrix,) for matrix, _, _ in sides], widths, sides[0][0])
+            bases = side_by_side(eigh, [(matrix,) for matrix, _, _ in sides], widths, sides[0][0], effort=50)
             whole = [damping if self.damping == "exact" else 0.0 for damping in dampings]
             return [
                 _eigen(estimate, bases[2 * place], bases[2 * place + 1], *added[place], whole[place])
                 for place, estimate in enumerate(estimates)
             ]
-        made = side_by_side(_inverted, sides, widths, sides[0][0])
+        made = side_by_side(_inverted, sides, widths, sides[0][0], effort=3)
         return [
             KFACInverse(made[place], made[place + 1], estimate.layout, (sides[place][2], sides[place + 1][2]))
             for place, estimate in zip(range(0, len(made), 2), estimates, strict=True)

@@ -99,7 +99,7 @@ class Shampoo(Solver):
             for estimate, damping in zip(estimates, dampings, strict=True)
             for side in (estimate.inputs, estimate.cotangents)
         ]
-        roots = side_by_side(self._root, sides, [side.shape[-1] for side, _ in sides], sides[0][0])
+        roots = side_by_side(self._root, sides, [side.shape[-1] for side, _ in sides], sides[0][0], effort=50)
         return [
             ShampooInverse(roots[2 * place], roots[2 * place + 1], estimate.layout)
             for place, estimate in enumerate(estimates)

@@ -127,7 +127,8 @@ class SOAP(Solver):
     def update_all(self, estimates: Sequence[SOAPEstimate | None], factors: Sequence[Factors]) -> list[SOAPEstimate]:
         older = [estimate for estimate in estimates if estimate is not None]
         widths = [max(one.squares.shape) if one.count % self.basis_every == 0 else 0 for one in older]
-        bases = iter(side_by_side(self._basis, [(one,) for one in older], widths, older[0].squares) if older else [])
+        given = [(one,) for one in older]
+        bases = iter(side_by_side(self._basis, given, widths, older[0].squares, effort=20) if older else [])
         result = []
         for estimate, rows in zip(estimates, factors, strict=True):
             matrix, layout = gradient_matrix(rows)

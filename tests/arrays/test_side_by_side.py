@@ -28,22 +28,22 @@ def decomposed(function, given):
 
 
 def test_results_are_those_of_one_call_after_the_other(threads):
-    given = matrices(5, 150, 64, 131)
+    given = matrices(5, 250, 64, 231)
     for matrix, (values, vectors) in zip(given, decomposed(eigh, given), strict=True):
         torch.testing.assert_close((vectors * values) @ vectors.T, matrix)
     assert torch.get_num_threads() == threads
 
 
 def test_each_call_has_a_thread_and_one_core_to_itself_where_the_work_is_worth_it(threads):
-    seen = decomposed(lambda matrix: (threading.get_ident(), torch.get_num_threads()), matrices(150, 151))
+    seen = decomposed(lambda matrix: (threading.get_ident(), torch.get_num_threads()), matrices(250, 251))
     assert all(number == 1 for _, number in seen)
     assert (threads == 1) == any(ident == threading.get_ident() for ident, _ in seen)
-    little = decomposed(lambda matrix: threading.get_ident(), matrices(4, 5))
+    little = decomposed(lambda matrix: threading.get_ident(), matrices(40, 50))
     assert little == [threading.get_ident()] * 2
 
 
 def test_the_caller_s_modes_hold_in_every_thread(threads):
-    given = matrices(150, 151)
+    given = matrices(250, 251)
     with torch.no_grad():
         assert decomposed(lambda matrix: torch.is_grad_enabled(), given) == [False, False]
     with deferred() as checks:
@@ -55,8 +55,8 @@ def test_an_error_is_raised_and_threads_are_as_before(threads):
     def fail(matrix):
         raise ArithmeticError(f"{matrix.shape[-1]}")
 
-    with pytest.raises(ArithmeticError, match="150"):
-        decomposed(fail, matrices(150, 151))
+    with pytest.raises(ArithmeticError, match="250"):
+        decomposed(fail, matrices(250, 251))
     assert torch.get_num_threads() == threads
 
 
