@@ -368,7 +368,8 @@ class Capture:
 
     def _pull_back(self, current: Pass, outputs: Tensor) -> None:
         """Send all columns of output cotangents back to the outputs of every recorded call."""
-        if not current.edges():
+        edges = current.edges()
+        if not edges:
             return
         columns = self.fisher.cotangents(wide(outputs.detach()), self.generator).to(outputs.dtype)
         if columns.shape[1:] != outputs.shape:
@@ -376,7 +377,7 @@ class Capture:
                 f"{self.fisher} gave cotangents of shape {tuple(columns.shape)} for outputs of shape "
                 f"{tuple(outputs.shape)}; they need shape (columns, *outputs)"
             )
-        self._batched = pull_back(current, outputs, columns, self._batched)
+        self._batched = pull_back(edges, outputs, columns, self._batched)
 
     def _factors(self, current: Pass, records: Mapping[Use, list[Record]], scale: float = 1.0) -> dict[str, Factors]:
         made: dict[str, Factors] = {}
