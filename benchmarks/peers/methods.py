@@ -99,7 +99,7 @@ def composed(model, x, y, fisher, solver, period, fused=False):
 
 
 EMPIRICAL, SAMPLED = curvlib.Empirical(), curvlib.Sampled(curvlib.Categorical())
-row("curvlib TENGraD, empirical", 1, fisher=EMPIRICAL, solver=Woodbury(), fused=True)(composed)
+row("curvlib TENGraD, empirical", 1, 10, fisher=EMPIRICAL, solver=Woodbury(), fused=True)(composed)
 row("curvlib TENGraD, sampled", 1, 10, fisher=SAMPLED, solver=Woodbury(), fused=True)(composed)
 row("curvlib KFAC", 1, 10, fisher=SAMPLED, solver=KFAC(), fused=True)(composed)
 row("curvlib EKFAC", 10, fisher=SAMPLED, solver=EKFAC(), fused=True)(composed)

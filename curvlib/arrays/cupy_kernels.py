@@ -7,6 +7,7 @@ to the routine for one matrix.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cupy
@@ -17,6 +18,7 @@ from cupyx.scipy.linalg import solve_triangular
 
 __all__ = [
     "FAILURES",
+    "add_diagonal",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",
@@ -25,6 +27,7 @@ __all__ = [
     "positions",
     "qr",
     "self_product",
+    "side_by_side",
     "triangular_solve",
 ]
 
@@ -32,6 +35,11 @@ Array = Any
 
 FAILURES = (np.linalg.LinAlgError,)
 """What a routine raises for a matrix that it cannot decompose."""
+
+
+def add_diagonal(matrix: Array, value: Array | float, copy: bool) -> Array:
+    """A + value · I."""
+    return matrix + value * cupy.eye(matrix.shape[-1], dtype=matrix.dtype)
 
 
 def cholesky(matrix: Array, wait: bool) -> tuple[Array, bool]:
@@ -114,3 +122,14 @@ def positions(counts: Array) -> Array:
 def _alone(matrix: Array) -> Array:
     """A stack of one matrix as that matrix."""
     return matrix.reshape(matrix.shape[-2:]) if matrix.ndim > 2 and int(np.prod(matrix.shape[:-2])) == 1 else matrix
+
+
+def side_by_side(
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    widths: Sequence[int],
+    like: Array,
+    effort: float,
+) -> list[Any]:
+    """``function(*one)`` for each of the arguments, one after the other."""
+    return [function(*one) for one in arguments]

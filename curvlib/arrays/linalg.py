@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from curvlib.arrays.checks import require, waiting
-from curvlib.arrays.namespace import Array, device, kernels, namespace
+from curvlib.arrays.namespace import Array, kernels, namespace
 from curvlib.errors import NotPositiveDefiniteError
 
 __all__ = [
@@ -19,14 +20,17 @@ __all__ = [
     "qr",
     "require_finite",
     "self_product",
+    "side_by_side",
     "trace",
     "triangular_solve",
     "widen",
 ]
 
+Result = TypeVar("Result")
 
-def add_diagonal(matrix: Array, value: Array | float) -> Array:
-    """Return `matrix` + `value` · identity, a new array.
+
+def add_diagonal(matrix: Array, value: Array | float, copy: bool = True) -> Array:
+    """Return `matrix` + `value` · identity.
 
     Parameters
     ----------
@@ -34,9 +38,10 @@ def add_diagonal(matrix: Array, value: Array | float) -> Array:
         Square matrices, shape ``(..., n, n)``.
     value
         What is added to each diagonal entry; an array must broadcast against the matrices.
+    copy
+        Whether `matrix` must stay as it is.
     """
-    xp = namespace(matrix)
-    return matrix + value * xp.eye(matrix.shape[-1], dtype=matrix.dtype, device=device(matrix))
+    return kernels(matrix).add_diagonal(matrix, value, copy)
 
 
 def cholesky(matrix: Array) -> Array:
@@ -131,6 +136,38 @@ def qr(matrix: Array) -> tuple[Array, Array]:
 def self_product(matrix: Array) -> Array:
     """A Aᵀ for A of shape ``(n, d)``, each pair of its rows multiplied once where the library can do that faster."""
     return kernels(matrix).self_product(matrix)
+
+
+def side_by_side(
+    function: Callable[..., Result],
+    arguments: Sequence[tuple[Any, ...]],
+    widths: Sequence[int],
+    like: Array,
+    effort: float = 1.0,
+) -> list[Result]:
+    """Decompose several matrices at once, where the library's routine keeps but one core busy.
+
+    Parameters
+    ----------
+    function
+        Decomposes one matrix, with `eigh`, `qr`, `cholesky` and the like. Calls may run in different threads.
+    arguments
+        Of each call.
+    widths
+        Of the matrix of each call, which its time grows with.
+    like
+        An array of the library and device at work.
+    effort
+        Time of a call against that of a Cholesky factorisation of the same width: about 3 for an inverse, 10 for QR, 50
+        for eigenvectors. Little work is done one call after the other.
+
+    Returns
+    -------
+    list
+        What the calls returned, in order. The first error that one raised is raised.
+    """
+    results: list[Result] = kernels(like).side_by_side(function, arguments, widths, like, effort)
+    return results
 
 
 def trace(matrix: Array) -> Array:

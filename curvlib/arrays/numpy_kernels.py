@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ except ImportError as error:
 
 __all__ = [
     "FAILURES",
+    "add_diagonal",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",
@@ -25,6 +27,7 @@ __all__ = [
     "positions",
     "qr",
     "self_product",
+    "side_by_side",
     "triangular_solve",
 ]
 
@@ -32,6 +35,11 @@ Array = Any
 
 FAILURES = (np.linalg.LinAlgError,)
 """What a routine raises for a matrix that it cannot decompose."""
+
+
+def add_diagonal(matrix: Array, value: Array | float, copy: bool) -> Array:
+    """A + value · I."""
+    return matrix + value * np.eye(matrix.shape[-1], dtype=matrix.dtype)
 
 
 def cholesky(matrix: Array, wait: bool) -> tuple[Array, bool]:
@@ -97,3 +105,14 @@ def index_add(size: int, index: Array, values: Array) -> Array:
 def positions(counts: Array) -> Array:
     """Every position as often as its count says, in order."""
     return np.repeat(np.arange(len(counts)), counts)
+
+
+def side_by_side(
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    widths: Sequence[int],
+    like: Array,
+    effort: float,
+) -> list[Any]:
+    """``function(*one)`` for each of the arguments, one after the other."""
+    return [function(*one) for one in arguments]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +14,7 @@ from torch.compiler import is_compiling
 
 __all__ = [
     "FAILURES",
+    "add_diagonal",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",
@@ -19,6 +24,7 @@ __all__ = [
     "positions",
     "qr",
     "self_product",
+    "side_by_side",
     "triangular_solve",
 ]
 
@@ -30,6 +36,24 @@ _SPLIT_UP_TO, _PART = 128, 2048
 
 _MIRROR_FROM = 512
 """Rows from which three products of half the size are faster than one of the whole, on a CPU."""
+
+_WORTH_THREADS = 2e7
+"""Sum of cubed widths of Cholesky factorisations from which threads of their own make up for their making, on a CPU."""
+
+_ALONE_UP_TO = 2048
+"""Width up to which one thread is about as fast with a matrix as all of them: LAPACK wakes them for every panel."""
+
+
+def add_diagonal(matrix: Tensor, value: Tensor | float, copy: bool) -> Tensor:
+    """A + value · I, without an identity."""
+    result = matrix.clone() if copy else matrix
+    result.diagonal(dim1=-2, dim2=-1).add_(_by_matrix(value))
+    return result
+
+
+def _by_matrix(value: Tensor | float) -> Tensor | float:
+    """What broadcasts against matrices, so that it does against their diagonals."""
+    return value[..., 0] if isinstance(value, Tensor) and value.ndim > 0 else value
 
 
 _TOGETHER_UP_TO = 512
@@ -102,13 +126,24 @@ def self_product(matrix: Tensor) -> Tensor:
         parts = matrix[:, :whole].reshape(n, -1, _PART).transpose(0, 1)
         total: Tensor = torch.bmm(parts, parts.mT).sum(0)
         return total if whole == d else total + matrix[:, whole:] @ matrix[:, whole:].T
-    if n < _MIRROR_FROM:
+    if n < _MIRROR_FROM or d < n or is_compiling() or matrix.requires_grad:
         return matrix @ matrix.T
+    product = matrix.new_empty(n, n)
+    _mirrored(matrix, product)
+    return product
+
+
+def _mirrored(matrix: Tensor, product: Tensor) -> None:
+    """Write A Aᵀ, the blocks above the diagonal as copies of those below."""
+    n = matrix.shape[0]
+    if n < _MIRROR_FROM:
+        torch.mm(matrix, matrix.T, out=product)
+        return
     half = n // 2
-    top, bottom = matrix[:half], matrix[half:]
-    corner = bottom @ top.T
-    upper = torch.cat([self_product(top), corner.T], dim=1)
-    return torch.cat([upper, torch.cat([corner, self_product(bottom)], dim=1)], dim=0)
+    _mirrored(matrix[:half], product[:half, :half])
+    _mirrored(matrix[half:], product[half:, half:])
+    torch.mm(matrix[half:], matrix[:half].T, out=product[half:, :half])
+    product[:half, half:] = product[half:, :half].T
 
 
 def index_add(size: int, index: Tensor, values: Tensor) -> Tensor:
@@ -119,3 +154,34 @@ def index_add(size: int, index: Tensor, values: Tensor) -> Tensor:
 def positions(counts: Tensor) -> Tensor:
     """Every position as often as its count says, in order."""
     return torch.repeat_interleave(counts)
+
+
+def side_by_side(
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    widths: Sequence[int],
+    like: Tensor,
+    effort: float,
+) -> list[Any]:
+    """``function(*one)`` for each of the arguments: on a CPU with a thread for each, the widest matrices first."""
+    threads = torch.get_num_threads()
+    chosen = [place for place, width in enumerate(widths) if width <= _ALONE_UP_TO]
+    work = effort * sum(widths[place] ** 3 for place in chosen)
+    if like.device.type != "cpu" or threads == 1 or work < _WORTH_THREADS or is_compiling():
+        return [function(*one) for one in arguments]
+    chosen.sort(key=lambda place: -widths[place])
+    grad = torch.is_grad_enabled()
+
+    def run(one: tuple[Any, ...]) -> Any:
+        with torch.set_grad_enabled(grad):  # which every thread has for itself
+            return function(*one)
+
+    results: dict[int, Any] = {}
+    try:
+        with ThreadPoolExecutor(min(threads, len(chosen)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            waiting = {place: pool.submit(copy_context().run, run, arguments[place]) for place in chosen}
+            results = {place: waiting[place].result() for place in sorted(waiting)}
+    finally:
+        # Each thread keeps its own number; what is put back is the one that threads made later begin with.
+        torch.set_num_threads(threads)
+    return [results[place] if place in results else function(*one) for place, one in enumerate(arguments)]

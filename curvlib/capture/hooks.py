@@ -370,11 +370,12 @@ class Capture:
 
     def _pull_back(self, current: Pass, outputs: Tensor) -> None:
         """Send all columns of output cotangents back to the outputs of every recorded call."""
-        if not current.edges():
+        edges = current.edges()
+        if not edges:
             return
         with deferred() if self.deferring else nullcontext() as current.checks:
             columns = output_cotangents(self.fisher, outputs, self.generator)
-        self._batched = pull_back(current, outputs, columns, self._batched)
+        self._batched = pull_back(edges, outputs, columns, self._batched)
 
     def _factors(self, current: Pass, records: Mapping[Use, list[Record]], scale: float = 1.0) -> dict[str, Factors]:
         made: dict[str, Factors] = {}

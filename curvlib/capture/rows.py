@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from curvlib.factors.combine import stack_columns
 from curvlib.layers import Block, Call, Use
 from curvlib.layers.tree import mapped, tensors, wide
 
-__all__ = ["Pass", "Place", "Record", "block_factors", "gradients", "joined", "pull_back"]
+__all__ = ["Edge", "Pass", "Place", "Record", "block_factors", "gradients", "joined", "pull_back"]
 
 
 class Place:
@@ -96,6 +96,10 @@ class Record:
         self.cotangents[index] = now if before is None or now is None else before + now
 
 
+Edge: TypeAlias = tuple[Record, int, GradientEdge]
+"""A recorded call, the number of one of its outputs, and where that lies in the graph."""
+
+
 @dataclass(eq=False)
 class Pass:
     """One forward pass: the records of every use, and the Factors made of them."""
@@ -153,7 +157,7 @@ class Pass:
             for call in calls:
                 call.edges.clear()
 
-    def edges(self) -> list[tuple[Record, int, GradientEdge]]:
+    def edges(self) -> list[Edge]:
         """Every recorded output that has a place in the graph."""
         return [
             (call, place, edge)
@@ -270,13 +274,13 @@ def joined(parts: list[dict[str, Factors]], blocks: tuple[Block, ...], observati
     return joined
 
 
-def pull_back(current: Pass, outputs: Tensor, columns: Tensor, batched: bool) -> bool:
-    """Send columns of output cotangents back to the outputs of every recorded call.
+def pull_back(edges: Sequence[Edge], outputs: Tensor, columns: Tensor, batched: bool) -> bool:
+    """Send columns of output cotangents back to the outputs of recorded calls.
 
     Parameters
     ----------
-    current
-        A pass with records and edges.
+    edges
+        From `Pass.edges`.
     outputs
         The model's outputs, in the graph.
     columns
@@ -295,19 +299,18 @@ def pull_back(current: Pass, outputs: Tensor, columns: Tensor, batched: bool) ->
     taken one sample at a time: exact, at the price of a backward pass for each.
     """
     try:
-        _pull_back(current, outputs, columns, batched)
+        _pull_back(edges, outputs, columns, batched)
     except RuntimeError:
         # A compiled backward, or a function of the user's, may have no vectorised form.
         if not batched:
             raise
-        _pull_back(current, outputs, columns, batched=False)
+        _pull_back(edges, outputs, columns, batched=False)
         return False
     return batched
 
 
-def _pull_back(current: Pass, outputs: Tensor, columns: Tensor, batched: bool) -> None:
+def _pull_back(edges: Sequence[Edge], outputs: Tensor, columns: Tensor, batched: bool) -> None:
     samples = outputs.shape[0]
-    edges = current.edges()
     apart = [place for place in edges if place[0].axis != ALONE]
     alone = [place for place in edges if place[0].axis == ALONE]
     if apart:

@@ -33,6 +33,9 @@ _MIXING = "the model mixes samples outside any module known to do so, or has the
 _COLUMNS = 2
 """More than one, so that an adapter that confuses columns with samples is found out too."""
 
+_HELD = 1 << 23
+"""Elements of cotangents that are held at a time (32 MiB in float32)."""
+
 
 def verify(blocks: Sequence[Block], current: Pass, outputs: Tensor) -> None:
     """Compare rows with gradients for every block of a pass; its cotangents are left empty.
@@ -51,8 +54,7 @@ def verify(blocks: Sequence[Block], current: Pass, outputs: Tensor) -> None:
     CaptureError
         Naming the first block whose rows do not add up to its gradient.
     """
-    edges = current.edges()
-    if not edges:
+    if not current.edges():
         return
     # Any fixed numbers without structure will do; drawing random ones would disturb the user's generators.
     pattern = torch.arange(_COLUMNS * outputs.numel(), device=outputs.device, dtype=torch.float64)
@@ -63,32 +65,55 @@ def verify(blocks: Sequence[Block], current: Pass, outputs: Tensor) -> None:
     coupled = _before(current.couplings)
     if outputs.shape[0] > 1:
         _find_axes(current, outputs, cotangents[0], coupled)
-    pull_back(current, outputs, cotangents, batched=False)
-    found = [cotangent for call, place, _ in edges if (cotangent := call.cotangents[place]) is not None]
-    coarse = max(torch.finfo(tensor.dtype).eps for tensor in (outputs, *found))
 
     def weighted(row_weights: Tensor) -> dict[Tensor, Tensor | None]:
         summed = (cotangents * row_weights.reshape(_COLUMNS, -1, *([1] * (outputs.ndim - 1)))).sum(0)
         found = torch.autograd.grad(outputs, parameters, summed, retain_graph=True, allow_unused=True)
         return dict(zip(parameters, found, strict=True))
 
-    try:
-        apart = weighted(weights)
-        together = weighted(uniform) if coupled else {}
-        for block in blocks:
-            calls = [call for use in block.uses for call in current.records.get(use, ())]
-            plain = any(edge.node in coupled for call in calls for edge in call.edges if edge is not None)
-            _compare(
-                block,
-                current,
-                together if plain else apart,
-                (uniform if plain else weights).T.reshape(-1),
-                tolerance=min(10 * math.sqrt(coarse), 0.3),
-                rounding=10 * max(coarse, torch.finfo(torch.float32).eps) * _largest_share(calls),
-            )
-    finally:
-        for call, place, _ in edges:
-            call.cotangents[place] = None
+    apart = weighted(weights)
+    together = weighted(uniform) if coupled else {}
+    for some in _by_memory(blocks, current):
+        ours = {id(call) for block in some for call in _calls(block, current)}
+        edges = [edge for edge in current.edges() if id(edge[0]) in ours]
+        try:
+            if edges:
+                pull_back(edges, outputs, cotangents, batched=False)
+            found = [cotangent for call, place, _ in edges if (cotangent := call.cotangents[place]) is not None]
+            coarse = max(torch.finfo(tensor.dtype).eps for tensor in (outputs, *found))
+            for block in some:
+                calls = _calls(block, current)
+                plain = any(edge.node in coupled for call in calls for edge in call.edges if edge is not None)
+                _compare(
+                    block,
+                    current,
+                    together if plain else apart,
+                    (uniform if plain else weights).T.reshape(-1),
+                    tolerance=min(10 * math.sqrt(coarse), 0.3),
+                    rounding=10 * max(coarse, torch.finfo(torch.float32).eps) * _largest_share(calls),
+                )
+        finally:
+            for call, place, _ in edges:
+                call.cotangents[place] = None
+
+
+def _calls(block: Block, current: Pass) -> list[Record]:
+    return [call for use in block.uses for call in current.records.get(use, ())]
+
+
+def _by_memory(blocks: Sequence[Block], current: Pass) -> list[list[Block]]:
+    """Blocks in groups whose cotangents may be held together; each group costs backward passes of its own."""
+    groups: list[list[Block]] = []
+    held = 0
+    for block in blocks:
+        places = [place for call in _calls(block, current) for place in call.places if place is not None]
+        size = _COLUMNS * sum(math.prod(place.shape) for place in places)
+        if not groups or held + size > _HELD:
+            groups.append([])
+            held = 0
+        groups[-1].append(block)
+        held += size
+    return groups
 
 
 def _find_axes(current: Pass, outputs: Tensor, cotangents: Tensor, coupled: Set[Node]) -> None:

@@ -12,6 +12,7 @@ __all__ = [
     "PositionsFirst",
     "Sizes",
     "chunk",
+    "grouped_chunk",
     "grouped_gradient_pays",
     "lines_beat_patches",
     "list_chunk",
@@ -38,6 +39,9 @@ _CALL = 1 << 20
 
 _TEMPORARY = 1 << 24
 """Elements that a temporary may hold before work is split into chunks (64 MiB in float32)."""
+
+_GROUPED = 5 << 19
+"""Elements of rows up to which one grouped weight gradient is fast (10 MiB in float32; 20 take seven times as long)."""
 
 _KEEP = 24
 """Positions from which explicit rows, read once, beat factored products that touch every position."""
@@ -112,6 +116,12 @@ def grouped_gradient_pays(sizes: Sizes, channels: int, taps: int) -> bool:
     if sizes.groups > 1:
         return True
     return taps > 1 and channels % 8 == 0 and sizes.d_out < sizes.positions
+
+
+def grouped_chunk(sizes: Sizes) -> int:
+    """Samples whose rows are taken in one grouped weight gradient, so that they stay in the cache while reordered."""
+    a_sample = sizes.groups * sizes.d_in * sizes.d_out
+    return max(1, sizes.n if sizes.n * a_sample <= _GROUPED else _GROUPED // a_sample)
 
 
 class PositionsFirst(NamedTuple):

@@ -129,15 +129,22 @@ class ConvolutionFactors(Factors):
 
     def _grouped_weight_gradient(self, columns: Sequence[Tensor]) -> list[Tensor]:
         # Samples become groups of one big convolution, whose ordinary weight gradient holds a row for each sample.
-        n, d_out = columns[0].shape[:2]
-        weight = columns[0].new_empty(()).expand(n * d_out, *self.weight_shape[1:])
-        images = self.images.reshape(1, -1, *self.images.shape[2:])
-        return [
-            self._weight_gradient(g.reshape(1, n * d_out, *g.shape[2:]), images, weight, n * self.groups).reshape(
-                n, *self.weight_shape
-            )
-            for g in columns
-        ]
+        n = columns[0].shape[0]
+        step = cost.grouped_chunk(self.sizes)
+
+        def rows(g: Tensor, images: Tensor) -> Tensor:
+            some, d_out = g.shape[:2]
+            weight = g.new_empty(some * d_out, *self.weight_shape[1:])  # never read, but copied if it had no memory
+            g, images = g.reshape(1, some * d_out, *g.shape[2:]), images.reshape(1, -1, *images.shape[2:])
+            return self._weight_gradient(g, images, weight, some * self.groups).reshape(some, *self.weight_shape)
+
+        if step >= n or self.images.device.type != "cpu":
+            return [rows(g, self.images) for g in columns]
+        result = [g.new_empty(n, *self.weight_shape) for g in columns]
+        for start in range(0, n, step):
+            for whole, g in zip(result, columns, strict=True):
+                whole[start : start + step] = rows(g[start : start + step], self.images[start : start + step])
+        return result
 
     def _unfolded_rows(self, columns: Sequence[Tensor]) -> list[Tensor]:
         # A product of cotangents and patches for each sample and group; positions come last in both.
@@ -241,7 +248,7 @@ class ConvolutionFactors(Factors):
         weighted = self._weighted(weights).cotangents.sum(dim=1)
         result = {}
         if self.weight is not None:
-            weight = weighted.new_empty(()).expand(self.weight_shape)
+            weight = weighted.new_empty(self.weight_shape)
             result[self.weight] = self._weight_gradient(weighted, self.images, weight, self.groups)
         if self.bias is not None:
             result[self.bias] = weighted.flatten(2).sum(-1).sum(0)

@@ -47,6 +47,11 @@ class Placed(Wrapped):
         with self.place.working():
             return self._outside(self.solver.update(self._inside(estimate), self._inside(factors)))
 
+    def update_all(self, estimates: Sequence[Any], factors: Sequence[Factors]) -> list[Any]:
+        with self.place.working():
+            inside = [self._inside(estimate) for estimate in estimates], [self._inside(rows) for rows in factors]
+            return [self._outside(estimate) for estimate in self.solver.update_all(*inside)]
+
     def factorize(self, estimate: Any, damping: float) -> Any:
         with self.place.working():
             return self._outside(self.solver.factorize(self._inside(estimate), damping))

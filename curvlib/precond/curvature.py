@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -125,11 +125,18 @@ class Renewal:
         """
         result = dict(states)
         waiting: list[_Factorization] = []
+        stale = {
+            block.name: factors[block.name]
+            for block in blocks
+            if block.name in factors
+            and self._is_stale(block, states[block.name], factors[block.name], gradients.get(block.name))
+        }
+        estimates = self._updated_all(stale, states)
         for block in blocks:
-            state, rows = states[block.name], factors.get(block.name)
-            if rows is not None and self._is_stale(block, state, rows, gradients.get(block.name)):
+            state = states[block.name]
+            if block.name in stale:
                 try:
-                    new = self._updated(block, state, rows, step)
+                    new = self._updated(block, state, stale[block.name], estimates.get(block.name), step)
                 except REFRESH_FAILURES as error:
                     self._look_first()
                     result[block.name] = self._given_up(block, state, error, step)
@@ -158,8 +165,21 @@ class Renewal:
             return False
         return residual(self.solvers[block.name], state, rows, gradient.vector) > self.refresh.tolerance
 
-    def _updated(self, block: Block, state: BlockState, rows: Factors, step: int) -> BlockState:
-        estimate = self.solvers[block.name].update(state.estimate, rows)
+    def _updated_all(self, rows: Mapping[str, Factors], states: Mapping[str, BlockState]) -> dict[str, Any]:
+        """Estimates of the blocks whose solver takes them together; of none that fails so, nor those with it."""
+        together: dict[int, list[str]] = {}
+        for name in rows:
+            together.setdefault(id(self.solvers[name]), []).append(name)
+        made: dict[str, Any] = {}
+        for names in together.values():
+            with suppress(*REFRESH_FAILURES):  # then each by itself shows which it was
+                own = [states[name].estimate for name in names], [rows[name] for name in names]
+                made.update(zip(names, self.solvers[names[0]].update_all(*own), strict=True))
+        return made
+
+    def _updated(self, block: Block, state: BlockState, rows: Factors, estimate: Any, step: int) -> BlockState:
+        if estimate is None:
+            estimate = self.solvers[block.name].update(state.estimate, rows)
         mean = state.mean_eigenvalue
         if self.damping.needs_trace:
             trace = sum(float(value.sum()) for value in rows.diagonal().values()) / rows.normalizer

@@ -48,6 +48,9 @@ class Wrapped(Solver):
     def update(self, estimate: Any, factors: Factors) -> Any:
         return self.solver.update(estimate, factors)
 
+    def update_all(self, estimates: Sequence[Any], factors: Sequence[Factors]) -> list[Any]:
+        return self.solver.update_all(estimates, factors)
+
     def factorize(self, estimate: Any, damping: float) -> Any:
         return self.solver.factorize(estimate, damping)
 

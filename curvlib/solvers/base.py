@@ -75,6 +75,16 @@ class Solver(Checked, ABC):
             Rows of the block; their curvature is ``JᵀJ / normalizer``.
         """
 
+    def update_all(self, estimates: Sequence[Any], factors: Sequence[Factors]) -> list[Any]:
+        """Do `update` for several blocks at once; a method that decomposes there may do so side by side.
+
+        Parameters
+        ----------
+        estimates, factors
+            One for each block.
+        """
+        return [self.update(estimate, rows) for estimate, rows in zip(estimates, factors, strict=True)]
+
     @abstractmethod
     def factorize(self, estimate: Any, damping: float) -> Any:
         """Prepare solves with ``curvature + damping · identity``: the costly part.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from curvlib.arrays import Array, device, eigh, namespace, qr, record
+from curvlib.arrays import Array, device, eigh, namespace, qr, record, side_by_side
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, KroneckerLayout, Sharing
 from curvlib.solvers.average import averaged, check_decay
@@ -83,18 +84,37 @@ class EKFAC(Solver):
             raise ConfigurationError(f"basis_every must be at least 1, got {self.basis_every!r}")
 
     def update(self, estimate: EKFACEstimate | None, factors: Factors) -> EKFACEstimate:
-        pair = KFAC(self.sharing, self.decay).update(None if estimate is None else estimate.factors, factors)
-        if estimate is None or estimate.count >= self.basis_every:
-            if estimate is None or self.basis == "eigh":
-                Q_A, Q_G = eigh(pair.inputs)[1], eigh(pair.cotangents)[1]
-            else:
-                Q_A = _followed(pair.inputs, estimate.inputs)
-                Q_G = _followed(pair.cotangents, estimate.cotangents)
+        return self.update_all([estimate], [factors])[0]
+
+    def update_all(self, estimates: Sequence[EKFACEstimate | None], factors: Sequence[Factors]) -> list[EKFACEstimate]:
+        kfac = KFAC(self.sharing, self.decay)
+        pairs = [
+            kfac.update(None if estimate is None else estimate.factors, rows)
+            for estimate, rows in zip(estimates, factors, strict=True)
+        ]
+        # A and G of all blocks whose basis is due, each with the basis to follow it from.
+        sides: dict[tuple[int, str], tuple[Array, Array | None]] = {}
+        for place, (estimate, pair) in enumerate(zip(estimates, pairs, strict=True)):
+            if estimate is None or estimate.count >= self.basis_every:
+                for side in ("inputs", "cotangents"):
+                    before = None if estimate is None or self.basis == "eigh" else getattr(estimate, side)
+                    sides[place, side] = getattr(pair, side), before
+        widths = [matrix.shape[-1] for matrix, _ in sides.values()]
+        made = side_by_side(
+            _basis, list(sides.values()), widths, pairs[0].inputs, effort=50 if self.basis == "eigh" else 10
+        )
+        bases = dict(zip(sides, made, strict=True))
+        result = []
+        for place, (estimate, pair, rows) in enumerate(zip(estimates, pairs, factors, strict=True)):
             moments, count = None, 0
-        else:
-            Q_A, Q_G, moments, count = estimate.inputs, estimate.cotangents, estimate.moments, estimate.count
-        fresh = factors.rotated_squares(Q_A, Q_G) / factors.normalizer
-        return EKFACEstimate(pair, Q_A, Q_G, averaged(moments, count, fresh, self.decay), count + 1)
+            if (place, "inputs") in bases:
+                Q_A, Q_G = bases[place, "inputs"], bases[place, "cotangents"]
+            else:
+                assert estimate is not None  # else its basis was due
+                Q_A, Q_G, moments, count = estimate.inputs, estimate.cotangents, estimate.moments, estimate.count
+            fresh = rows.rotated_squares(Q_A, Q_G) / rows.normalizer
+            result.append(EKFACEstimate(pair, Q_A, Q_G, averaged(moments, count, fresh, self.decay), count + 1))
+        return result
 
     def factorize(self, estimate: EKFACEstimate, damping: float) -> KFACEigen:
         reciprocals = 1 / (estimate.moments + check_damping(damping))
@@ -105,6 +125,11 @@ class EKFAC(Solver):
 
     def solve(self, inverse: KFACEigen, gradient: Gradient) -> dict[str, Array]:
         return KFAC(self.sharing, self.decay).solve(inverse, gradient)
+
+
+def _basis(matrix: Array, before: Array | None) -> Array:
+    """Eigenvectors, or what follows them from the basis before, shape ``(groups, d, d)``."""
+    return eigh(matrix)[1] if before is None else _followed(matrix, before)
 
 
 def _followed(matrix: Array, basis: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -15,6 +16,7 @@ from curvlib.arrays import (
     eigh,
     namespace,
     record,
+    side_by_side,
     trace,
 )
 from curvlib.errors import ConfigurationError
@@ -142,33 +144,44 @@ class KFAC(Solver):
         )
 
     def factorize(self, estimate: KFACEstimate, damping: float) -> KFACInverse | KFACEigen:
-        damping = check_damping(damping)
-        if self.damping == "exact":
-            return self._rotated(estimate, 0.0, 0.0, damping)
-        mean_a, mean_g = (trace(matrix) / matrix.shape[-1] for matrix in (estimate.inputs, estimate.cotangents))
-        left, right = split_damping(mean_a, mean_g, damping, balanced=self.damping == "pi")
-        if self.form == "eigen":
-            return self._rotated(estimate, left, right, 0.0)
-        d, d_out = estimate.inputs.shape[-1], estimate.cotangents.shape[-1]
-        explicit = self._explicit(d, d_out), self._explicit(d_out, d)
-        inputs, cotangents = (
-            cholesky_inverse(factor) if inverted else factor
-            for factor, inverted in (
-                (cholesky(add_diagonal(estimate.inputs, left)), explicit[0]),
-                (cholesky(add_diagonal(estimate.cotangents, right)), explicit[1]),
+        return self.factorize_all([estimate], [damping])[0]
+
+    def factorize_all(
+        self, estimates: Sequence[KFACEstimate], dampings: Sequence[float]
+    ) -> list[KFACInverse | KFACEigen]:
+        dampings = [check_damping(damping) for damping in dampings]
+        added = [self._split(estimate, damping) for estimate, damping in zip(estimates, dampings, strict=True)]
+        sides = [
+            (matrix, value, self._explicit(matrix.shape[-1], other.shape[-1]))
+            for estimate, (left, right) in zip(estimates, added, strict=True)
+            for matrix, value, other in (
+                (estimate.inputs, left, estimate.cotangents),
+                (estimate.cotangents, right, estimate.inputs),
             )
-        )
-        return KFACInverse(inputs, cotangents, estimate.layout, explicit)
+        ]
+        widths = [matrix.shape[-1] for matrix, _, _ in sides]
+        if self.form == "eigen" or self.damping == "exact":
+            bases = side_by_side(eigh, [(matrix,) for matrix, _, _ in sides], widths, sides[0][0], effort=50)
+            whole = [damping if self.damping == "exact" else 0.0 for damping in dampings]
+            return [
+                _eigen(estimate, bases[2 * place], bases[2 * place + 1], *added[place], whole[place])
+                for place, estimate in enumerate(estimates)
+            ]
+        made = side_by_side(_inverted, sides, widths, sides[0][0], effort=3)
+        return [
+            KFACInverse(made[place], made[place + 1], estimate.layout, (sides[place][2], sides[place + 1][2]))
+            for place, estimate in zip(range(0, len(made), 2), estimates, strict=True)
+        ]
+
+    def _split(self, estimate: KFACEstimate, damping: float) -> tuple[Any, Any]:
+        """What is added to A and to G."""
+        if self.damping == "exact":
+            return 0.0, 0.0
+        mean_a, mean_g = (trace(matrix) / matrix.shape[-1] for matrix in (estimate.inputs, estimate.cotangents))
+        return split_damping(mean_a, mean_g, damping, balanced=self.damping == "pi")
 
     def _explicit(self, width: int, other: int) -> bool:
         return self.form == "inverse" or (self.form == "auto" and width <= _WIDER * other)
-
-    def _rotated(self, estimate: KFACEstimate, left: Any, right: Any, whole: float) -> KFACEigen:
-        """``(A + left I) ⊗ (G + right I) + whole I`` in the eigenbasis."""
-        a, Q_A = eigh(estimate.inputs)
-        g, Q_G = eigh(estimate.cotangents)
-        damped = (g[:, :, None] + right) * (a[:, None, :] + left) + whole
-        return KFACEigen(Q_A, Q_G, 1 / damped, estimate.layout)
 
     def gains_from_rows(self, factors: Factors, same: bool) -> bool:
         return rows_pay(factors)
@@ -232,6 +245,26 @@ def paired_rows(gradient: Factors) -> tuple[Array, Array]:
         n = a.shape[1]
         g = g.reshape(g.shape[0], n, -1, g.shape[2]).sum(axis=2)
     return a, g / gradient.normalizer
+
+
+def _inverted(matrix: Array, added: Any, explicit: bool) -> Array:
+    """Cholesky factor of a damped factor, or the inverse itself."""
+    factor = cholesky(add_diagonal(matrix, added))
+    return cholesky_inverse(factor) if explicit else factor
+
+
+def _eigen(
+    estimate: KFACEstimate,
+    inputs: tuple[Array, Array],
+    cotangents: tuple[Array, Array],
+    left: Any,
+    right: Any,
+    whole: float,
+) -> KFACEigen:
+    """``(A + left I) ⊗ (G + right I) + whole I`` from the eigenvalues and eigenvectors of A and G."""
+    (a, Q_A), (g, Q_G) = inputs, cotangents
+    damped = (g[:, :, None] + right) * (a[:, None, :] + left) + whole
+    return KFACEigen(Q_A, Q_G, 1 / damped, estimate.layout)
 
 
 def _solved_by_rows(inverse: KFACInverse | KFACEigen, gradient: Factors) -> dict[str, Array]:

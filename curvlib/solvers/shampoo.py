@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from curvlib.arrays import Array, device, eigh, namespace, record
+from curvlib.arrays import Array, device, eigh, namespace, record, side_by_side
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, KroneckerLayout
 from curvlib.solvers.average import averaged, check_decay
@@ -90,9 +91,19 @@ class Shampoo(Solver):
         return old + new if self.decay is None else averaged(old, count, new, self.decay)
 
     def factorize(self, estimate: ShampooEstimate, damping: float) -> ShampooInverse:
-        damping = check_damping(damping)
-        inputs, cotangents = (self._root(side, damping) for side in (estimate.inputs, estimate.cotangents))
-        return ShampooInverse(inputs, cotangents, estimate.layout)
+        return self.factorize_all([estimate], [damping])[0]
+
+    def factorize_all(self, estimates: Sequence[ShampooEstimate], dampings: Sequence[float]) -> list[ShampooInverse]:
+        sides = [
+            (side, check_damping(damping))
+            for estimate, damping in zip(estimates, dampings, strict=True)
+            for side in (estimate.inputs, estimate.cotangents)
+        ]
+        roots = side_by_side(self._root, sides, [side.shape[-1] for side, _ in sides], sides[0][0], effort=50)
+        return [
+            ShampooInverse(roots[2 * place], roots[2 * place + 1], estimate.layout)
+            for place, estimate in enumerate(estimates)
+        ]
 
     def _root(self, matrix: Array, damping: float) -> Array:
         values, vectors = eigh(matrix)

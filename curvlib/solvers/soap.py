@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from curvlib.arrays import Array, device, eigh, namespace, record
+from curvlib.arrays import Array, device, eigh, namespace, record, side_by_side
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, KroneckerLayout
 from curvlib.solvers.average import averaged, check_decay
@@ -121,13 +122,29 @@ class SOAP(Solver):
             raise ConfigurationError(f"largest is a width, at least 0, got {self.largest!r}")
 
     def update(self, estimate: SOAPEstimate | None, factors: Factors) -> SOAPEstimate:
-        matrix, layout = gradient_matrix(factors)
+        return self.update_all([estimate], [factors])[0]
+
+    def update_all(self, estimates: Sequence[SOAPEstimate | None], factors: Sequence[Factors]) -> list[SOAPEstimate]:
+        older = [estimate for estimate in estimates if estimate is not None]
+        widths = [max(one.squares.shape) if one.count % self.basis_every == 0 else 0 for one in older]
+        given = [(one,) for one in older]
+        bases = iter(side_by_side(self._basis, given, widths, older[0].squares, effort=20) if older else [])
+        result = []
+        for estimate, rows in zip(estimates, factors, strict=True):
+            matrix, layout = gradient_matrix(rows)
+            result.append(self._updated(estimate, matrix, layout, None if estimate is None else next(bases)))
+        return result
+
+    def _updated(
+        self, estimate: SOAPEstimate | None, matrix: Array, layout: KroneckerLayout, bases: _Bases | None
+    ) -> SOAPEstimate:
+        """Estimate after a mean gradient, in the bases of its step."""
         transposed = namespace(matrix).matrix_transpose(matrix)
         inputs = transposed @ matrix if matrix.shape[2] <= self.largest else None
         cotangents = matrix @ transposed if matrix.shape[1] <= self.largest else None
-        if estimate is None:
+        if estimate is None or bases is None:
             return SOAPEstimate(inputs, cotangents, None, None, matrix * matrix, None, matrix, layout, 0)
-        Q_R, Q_L, squares = self._basis(estimate)
+        Q_R, Q_L, squares = bases
         rotated = _rotated(matrix, Q_R, Q_L)
         seen = estimate.count
         return SOAPEstimate(
@@ -145,7 +162,7 @@ class SOAP(Solver):
     def _averaged(self, old: Array | None, count: int, new: Array | None) -> Array | None:
         return None if new is None else averaged(old, count, new, self.decay)
 
-    def _basis(self, estimate: SOAPEstimate) -> tuple[Array | None, Array | None, Array | None]:
+    def _basis(self, estimate: SOAPEstimate) -> _Bases:
         """Q_R, Q_L and the squares in this basis (None before there are any) for the step after `estimate`."""
         if estimate.count == 0:
             return _eigenbasis(estimate.inputs), _eigenbasis(estimate.cotangents), None
@@ -173,6 +190,9 @@ class SOAP(Solver):
         Q_R, Q_L = inverse.input_basis, inverse.cotangent_basis
         scaled = _rotated(mean, Q_R, Q_L) * inverse.reciprocals
         return inverse.layout.vector(_rotated(scaled, _transposed(Q_R), _transposed(Q_L)))
+
+
+_Bases = tuple[Array | None, Array | None, Array | None]
 
 
 def _transposed(matrix: Array | None) -> Array | None:

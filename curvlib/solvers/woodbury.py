@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, device, namespace, record
+from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, device, namespace, record, side_by_side
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Dense as DenseRows
 from curvlib.factors import Factors, Scaled, cat
@@ -111,12 +111,20 @@ class Woodbury(Solver):
                 inverses[place] = self.factorize(estimate, dampings[place])
         for (n, _, where), places in alike.items():
             if not _stacking_pays(n, where) or len(places) == 1:
-                for place in places:
-                    inverses[place] = self.factorize(estimates[place], dampings[place])
+                given = [(estimates[place], dampings[place]) for place in places]
+                made = side_by_side(self.factorize, given, [n] * len(places), estimates[places[0]].kernel)
+                for place, inverse in zip(places, made, strict=True):
+                    inverses[place] = inverse
                 continue
-            # Each by itself: a list of dampings would have to be copied to the device, which waits.
-            damped = [add_diagonal(estimates[place].kernel, check_damping(dampings[place])) for place in places]
-            factors = cholesky(namespace(*damped).stack(damped))
+            kernels, values = [estimates[place].kernel for place in places], {dampings[place] for place in places}
+            if len(values) == 1:
+                stack = add_diagonal(namespace(*kernels).stack(kernels), check_damping(values.pop()), copy=False)
+            else:  # each by itself: a list of dampings would have to be copied to the device, which waits
+                damped = [
+                    add_diagonal(kernels[number], check_damping(dampings[place])) for number, place in enumerate(places)
+                ]
+                stack = namespace(*damped).stack(damped)
+            factors = cholesky(stack)
             for number, place in enumerate(places):
                 rows = estimates[place].factors
                 inverses[place] = WoodburyInverse(rows, factors[number], float(dampings[place]))

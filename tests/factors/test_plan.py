@@ -14,7 +14,7 @@ import curvlib
 from curvlib import Exact, Gaussian, Momentum, Plan, Sampled, Woodbury
 from curvlib.arrays import pack, unpack
 from curvlib.errors import ConfigurationError
-from curvlib.factors import Route
+from curvlib.factors import Route, cost
 
 ROUTES = [
     Route(*answers) for answers in itertools.product(("grouped", "unfold"), ("pairs", "rows"), ("factored", "rows"))
@@ -64,7 +64,20 @@ def test_every_route_equals_the_dense_rows(name, plan):
                 close(values, dense.values[name], 1e-10)
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if "conv" in name or "padding" in name or "dil" in name])
+CONVOLUTIONS = [name for name in SHAPES if "conv" in name or "padding" in name or "dil" in name]
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_grouped_weight_gradient_by_parts_equals_the_whole(name, monkeypatch):
+    plan = PLANS["grouped, rows, rows"]
+    whole = {block: rows.dense() for block, rows in rows_of(name, plan).items()}
+    monkeypatch.setattr(cost, "_GROUPED", 1)
+    for block, rows in rows_of(name, plan).items():
+        for parameter, values in rows.dense().values.items():
+            close(values, whole[block].values[parameter], 1e-12)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_routes_agree_in_single_precision(name):
     for plan in PLANS.values():
         for block, rows in rows_of(name, plan, torch.float32).items():
