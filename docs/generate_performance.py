@@ -57,7 +57,8 @@ data that a layer sees, the factorisation with the cube of the batch, the solve 
 **Routes.** A layer's Gram and products have several exact routes, which differ by an order of magnitude either way: a
 Hadamard product of two small Grams (no sharing), pairs of positions, explicit rows from a grouped weight gradient, or
 from unfolded patches. `curvlib.factors.cost` picks one from the sizes alone, by counting multiply-adds and charging a
-pass over memory at what it costs against arithmetic. The choice is deterministic and the same on every machine, and
+pass over memory at what it costs against arithmetic. The choice is deterministic and the same on every CPU (on a GPU the
+candidates are timed when sizes are first met; `plan=Plan()` has them counted there too), and
 `curvlib.explain` shows what it costs. No temporary above 64 MiB (in float32) is made where work can be split.
 
 **Fused.** `compose(..., fused=True)` hands the gradient to solvers that gain from it as rows, from the second step
@@ -67,6 +68,17 @@ becomes a cross-Gram where that is cheaper. It is for loops that do not look at 
 
 **Refresh.** With `refresh=T` rows, Gram and factorisation are paid once in T steps; two products with the kept rows
 remain.
+
+**Side by side.** LAPACK wakes all threads for every panel of a matrix, and below a width of a thousand or so the waking
+costs more than the panel: with two threads the eigenvectors of a 256 × 256 matrix take several times as long as with
+one. So on a CPU the decompositions of all blocks are shared out among threads, one matrix a thread
+(`curvlib.arrays.side_by_side`), where enough of them are worth the threads. Products are left to the library:
+shared out in the same way they were slower (measured), for they evict each other's operands.
+
+**Memory.** glibc gives large blocks back to the system when they are freed and fetches new pages for the next ones; at
+every step the rows of a convolution pay for that. With `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` set to
+some gigabytes in the environment (or with another allocator preloaded) pages are kept, for SGD's activations as well
+as for rows.
 
 ## Growth
 

@@ -107,7 +107,8 @@ def compose(
         For loops that do not look at gradients themselves: clipping outside and a GradScaler are refused at the first
         step; no DDP.
     plan
-        Which exact routes Factors take, and a limit on the memory of their rows; by default the cost model decides.
+        Which exact routes Factors take, and a limit on the memory of their rows. By default the cost model decides on a
+        CPU, and timings when sizes are first met on a GPU (``Plan(timed=True)``); ``Plan()`` is the same everywhere.
     backend
         Array library that solvers work in: ``"torch"`` on the parameters' device, ``"cupy"`` on their GPU,
         ``"numpy"`` on the CPU. The memory is that of the tensors; what the optimizer keeps is tensors in any case.

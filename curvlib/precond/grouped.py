@@ -92,6 +92,9 @@ class Grouped(torch.optim.Optimizer):
         self._wanting: frozenset[str] = frozenset()  # blocks that take the next rows, due or not
         self._untouched = Untouched()
         self._generator = torch.Generator(device=self.param_groups[0]["params"][0].device).manual_seed(seed)
+        if plan is None:
+            # No cost model knows which GPU it is; a CPU's is counted, so that two runs choose alike.
+            plan = Plan(timed=self._generator.device.type == "cuda")
         me = ref(self)
 
         def before() -> None:

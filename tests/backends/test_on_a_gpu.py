@@ -105,6 +105,12 @@ def test_steps_are_those_that_are_looked_at_at_once(solver):
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-12)
 
 
+def test_routes_are_chosen_by_timing_them():
+    optimizer = curvlib.compose(network(), solver=Woodbury(), damping=0.1, lr=0.1)
+    assert optimizer.plan.timed
+    assert not curvlib.compose(network(), solver=Woodbury(), damping=0.1, lr=0.1, plan=curvlib.Plan()).plan.timed
+
+
 def test_a_step_that_fails_moves_nothing_and_is_told_of_one_step_later():
     model = network()
     optimizer = curvlib.compose(model, fisher=curvlib.Empirical(), solver=Woodbury(), damping=0.1, lr=0.1)
