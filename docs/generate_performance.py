@@ -57,7 +57,7 @@ data that a layer sees, the factorisation with the cube of the batch, the solve 
 **Routes.** A layer's Gram and products have several exact routes, which differ by an order of magnitude either way: a
 Hadamard product of two small Grams (no sharing), pairs of positions, explicit rows from a grouped weight gradient, or
 from unfolded patches. `curvlib.factors.cost` picks one from the sizes alone, by counting multiply-adds and charging a
-pass over memory at what it costs against arithmetic. The choice is deterministic and the same on every CPU (on a GPU the
+pass over memory at what it costs against arithmetic. The choice is deterministic and the same on every CPU (on a GPU
 candidates are timed when sizes are first met; `plan=Plan()` has them counted there too), and
 `curvlib.explain` shows what it costs. No temporary above 64 MiB (in float32) is made where work can be split.
 
