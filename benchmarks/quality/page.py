@@ -56,8 +56,12 @@ diagonals of their curvature. Their Kronecker factors would cost more than all o
 
 ```python
 autoencoder = torch.nn.Sequential(
-    torch.nn.Linear(784, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8),
-    torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 784),
+    torch.nn.Linear(784, 64),
+    torch.nn.ReLU(),
+    torch.nn.Linear(64, 8),
+    torch.nn.Linear(8, 64),
+    torch.nn.ReLU(),
+    torch.nn.Linear(64, 784),
 )
 optimizer = grafted_kfac(autoencoder, {{"0": Diagonal(), "5": Diagonal(), "*": KFAC(form="inverse")}})
 pixels = torch.rand(16, 784)
