@@ -85,7 +85,7 @@ def adam(model, x, y):
     return ordinary(model, x, y, torch.optim.Adam(model.parameters(), lr=LR))
 
 
-def composed(model, x, y, fisher, solver, period, fused=False):
+def composed(model, x, y, fisher, solver, period, fused=False, backend="torch"):
     """curvlib: estimate and inverse at every refresh; norm layers, which Kronecker methods leave out, exactly."""
     solvers = {"*": solver}
     if not solver.exact:
@@ -93,6 +93,7 @@ def composed(model, x, y, fisher, solver, period, fused=False):
         solvers = {**dict.fromkeys(norms, Woodbury()), **solvers}
     optimizer = curvlib.compose(
         model, fisher=fisher, solver=solvers, damping=DAMPING, refresh=period, lr=LR, fused=fused,
+        backend=backend,
         transforms=[curvlib.Momentum(MOMENTUM)],
     )  # fmt: skip
     return ordinary(model, x, y, optimizer)
@@ -103,3 +104,5 @@ row("curvlib TENGraD, empirical", 1, 10, fisher=EMPIRICAL, solver=Woodbury(), fu
 row("curvlib TENGraD, sampled", 1, 10, fisher=SAMPLED, solver=Woodbury(), fused=True)(composed)
 row("curvlib KFAC", 1, 10, fisher=SAMPLED, solver=KFAC(), fused=True)(composed)
 row("curvlib EKFAC", 10, fisher=SAMPLED, solver=EKFAC(), fused=True)(composed)
+row("curvlib TENGraD, sampled, NumPy", 10, fisher=SAMPLED, solver=Woodbury(), fused=True, backend="numpy")(composed)
+row("curvlib KFAC, NumPy", 10, fisher=SAMPLED, solver=KFAC(), fused=True, backend="numpy")(composed)
