@@ -35,7 +35,7 @@ class Runner:
 
     def finish(self, folder, *options):
         process = self.start(folder, *options)
-        process.join(300)
+        process.join(900)  # a busy machine takes its time
         assert process.exitcode == 0
         return load_checkpoint(folder)[0]
 
