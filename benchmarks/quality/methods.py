@@ -5,6 +5,7 @@ Every method has one space for tuning. Weight decay is AdamW's alone, momentum i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -104,7 +105,7 @@ for _name, _chosen in compositions.COMPOSITIONS.items():
 _RATE = Log(3e-3, 3e-1)
 
 
-def _recipe(name, rate=_RATE, damping=True, clip=True, decay_free=(), leaves_out=None, **more):
+def _recipe(name, rate=_RATE, damping=True, most=math.inf, clip=True, decay_free=(), leaves_out=None, **more):
     recipe = getattr(recipes, name)
 
     def build(task, model, values, seed):
@@ -116,7 +117,8 @@ def _recipe(name, rate=_RATE, damping=True, clip=True, decay_free=(), leaves_out
         scales = _SCALES[task.name]
         found = {"lr": rate}
         if damping:
-            found["damping"] = Log(*scales["damping"]) if damping is True else damping
+            low, high = scales["damping"]
+            found["damping"] = Log(low, min(high, most)) if damping is True else damping
         if clip:
             found["kl_clip"] = Log(*scales["kl"])
         return {**found, **more}
@@ -148,6 +150,7 @@ _recipe("SPRING", decay=Choice((0.5, 0.9)))
 _recipe("FNGD")
 _recipe(
     "KBFGS",
+    most=0.99,  # Powell's damping asks for less than 1
     refresh=Choice((1, 10)),
     leaves_out={"transformer": "an embedding is looked up in, it has no pre-activations that K-BFGS could follow"},
 )

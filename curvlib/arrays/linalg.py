@@ -108,20 +108,30 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
     NotPositiveDefiniteError
         If a matrix is not finite or the iteration does not converge, not even in float64.
     """
-    xp, library = namespace(matrix), kernels(matrix)
+    xp = namespace(matrix)
     # No routine bears what is not finite, so this cannot wait.
     if not is_finite(matrix):
         raise NotPositiveDefiniteError(f"{_no_basis(matrix)}: it is not finite")
+    found = _eigenpairs(matrix)
+    if found is None:
+        # In single precision divide and conquer may fail on a factor of low rank, however harmless it is.
+        wide = _eigenpairs(widen(matrix))
+        if wide is None:
+            raise NotPositiveDefiniteError(f"{_no_basis(matrix)}: it did not converge, not in float64 either")
+        found = xp.astype(wide[0], matrix.dtype), xp.astype(wide[1], matrix.dtype)
+    values, vectors = found
+    # Rounding makes zero eigenvalues slightly negative, which damping should not have to make up for.
+    return xp.where(values > 0, values, xp.zeros_like(values)), vectors
+
+
+def _eigenpairs(matrix: Array) -> tuple[Array, Array] | None:
+    """Eigenvalues and eigenvectors; None where the routine fails, which LAPACK may do without a word."""
+    library = kernels(matrix)
     try:
         values, vectors = library.eigh(matrix)
     except library.FAILURES:
-        # In single precision divide and conquer may not converge on a factor of low rank, however harmless it is.
-        try:
-            values, vectors = (xp.astype(part, matrix.dtype) for part in library.eigh(widen(matrix)))
-        except library.FAILURES as error:
-            raise NotPositiveDefiniteError(f"{_no_basis(matrix)}: {error}") from error
-    # Rounding makes zero eigenvalues slightly negative, which damping should not have to make up for.
-    return xp.where(values > 0, values, xp.zeros_like(values)), vectors
+        return None
+    return (values, vectors) if is_finite(vectors) else None
 
 
 def _no_basis(matrix: Array) -> str:

@@ -117,12 +117,23 @@ def test_what_cannot_be_factorised_is_refused(library, bad, stack):
             arrays.require_finite("rows", matrix)
 
 
-def test_an_iteration_that_does_not_converge_is_refused(monkeypatch):
-    def diverges(matrix):
-        raise np.linalg.LinAlgError("no convergence")
+def diverging(matrix):
+    raise np.linalg.LinAlgError("no convergence")
 
-    monkeypatch.setattr(np.linalg, "eigh", diverges)
-    with pytest.raises(NotPositiveDefiniteError, match="no convergence"):
+
+def without_a_word(matrix):
+    return np.ones(len(matrix)), np.full_like(matrix, np.nan)
+
+
+@pytest.mark.parametrize("fails", [diverging, without_a_word])
+def test_an_iteration_that_does_not_converge_is_made_again_in_double_precision(monkeypatch, fails):
+    original = np.linalg.eigh
+    monkeypatch.setattr(np.linalg, "eigh", lambda m: fails(m) if m.dtype == np.float32 else original(m))
+    values, vectors = arrays.eigh(np.diag([1.0, 2.0, 3.0]).astype(np.float32))
+    assert (values.dtype, vectors.dtype) == (np.float32, np.float32)
+    np.testing.assert_allclose(values, [1, 2, 3])
+    monkeypatch.setattr(np.linalg, "eigh", fails)
+    with pytest.raises(NotPositiveDefiniteError, match="did not converge, not in float64 either"):
         arrays.eigh(np.eye(3))
 
 
