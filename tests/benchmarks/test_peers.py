@@ -149,7 +149,7 @@ def test_work_that_fails_or_hangs_is_an_error():
 
 
 def test_choice_of_rows_keeps_the_reference():
-    assert chosen("curvlib KFAC*, Adam", METHODS) == [REFERENCE, "Adam", "curvlib KFAC", "curvlib KFAC, refresh 10"]
+    assert chosen("curvlib EKFAC*, Adam", METHODS) == [REFERENCE, "Adam", "curvlib EKFAC, refresh 10"]
 
 
 def test_packages_that_are_not_there_are_named(monkeypatch):
