@@ -24,6 +24,7 @@ __all__ = [
     "cholesky_solve",
     "eigh",
     "index_add",
+    "matrix_vector",
     "positions",
     "qr",
     "self_product",
@@ -99,6 +100,11 @@ def self_product(matrix: Array) -> Array:
     matrix = cupy.ascontiguousarray(matrix)
     lower = cublas.syrk("N", matrix, out=cupy.zeros((n, n), dtype=matrix.dtype), lower=True)
     return cupy.tril(lower) + cupy.tril(lower, -1).T
+
+
+def matrix_vector(matrix: Array, vector: Array) -> Array:
+    """A v; BLAS's gemv shares it out itself."""
+    return matrix @ vector
 
 
 def index_add(size: int, index: Array, values: Array) -> Array:

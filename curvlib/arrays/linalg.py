@@ -17,6 +17,7 @@ __all__ = [
     "cholesky_solve",
     "eigh",
     "is_finite",
+    "matrix_vector",
     "qr",
     "require_finite",
     "self_product",
@@ -146,6 +147,11 @@ def qr(matrix: Array) -> tuple[Array, Array]:
 def self_product(matrix: Array) -> Array:
     """A Aᵀ for A of shape ``(n, d)``, each pair of its rows multiplied once where the library can do that faster."""
     return kernels(matrix).self_product(matrix)
+
+
+def matrix_vector(matrix: Array, vector: Array) -> Array:
+    """A v for A of shape ``(n, d)``, on all cores where the matrix is so large that it comes from memory."""
+    return kernels(matrix).matrix_vector(matrix, vector)
 
 
 def side_by_side(

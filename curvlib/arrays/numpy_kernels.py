@@ -24,6 +24,7 @@ __all__ = [
     "cholesky_solve",
     "eigh",
     "index_add",
+    "matrix_vector",
     "positions",
     "qr",
     "self_product",
@@ -92,6 +93,11 @@ def qr(matrix: Array) -> tuple[Array, Array]:
 def self_product(matrix: Array) -> Array:
     """A Aᵀ; NumPy gives a product with its own transpose to BLAS's syrk."""
     return matrix @ matrix.T
+
+
+def matrix_vector(matrix: Array, vector: Array) -> Array:
+    """A v; BLAS's gemv shares it out itself."""
+    return matrix @ vector
 
 
 def index_add(size: int, index: Array, values: Array) -> Array:

@@ -21,6 +21,7 @@ __all__ = [
     "eigh",
     "index_add",
     "is_compiling",
+    "matrix_vector",
     "positions",
     "qr",
     "self_product",
@@ -34,8 +35,17 @@ FAILURES = (torch.linalg.LinAlgError,)  # type: ignore[attr-defined]  # its stub
 _SPLIT_UP_TO, _PART = 128, 2048
 """Rows up to which, and columns by which, a long product is cut on a CPU."""
 
+_SHARED_FROM = 2**20
+"""Multiply-adds from which a Gram matrix is worth a call that gives every thread rows of its own, on a CPU."""
+
+_STREAMED_FROM = 2**24
+"""Bytes from which a matrix comes from memory, which one thread alone does not keep busy, on a CPU."""
+
 _MIRROR_FROM = 512
 """Rows from which three products of half the size are faster than one of the whole, on a CPU."""
+
+_ROWS_EACH = 16
+"""Rows that a thread needs for its share of a product to be worth a call of its own, on a CPU."""
 
 _WORTH_THREADS = 2e7
 """Sum of cubed widths of Cholesky factorisations from which threads of their own make up for their making, on a CPU."""
@@ -126,11 +136,35 @@ def self_product(matrix: Tensor) -> Tensor:
         parts = matrix[:, :whole].reshape(n, -1, _PART).transpose(0, 1)
         total: Tensor = torch.bmm(parts, parts.mT).sum(0)
         return total if whole == d else total + matrix[:, whole:] @ matrix[:, whole:].T
-    if n < _MIRROR_FROM or d < n or is_compiling() or matrix.requires_grad:
+    if is_compiling() or matrix.requires_grad:
         return matrix @ matrix.T
+    if n < _MIRROR_FROM or d < n:
+        threads = _rows_each(n) if n * n * d >= _SHARED_FROM else 1
+        if threads == 1:
+            return matrix @ matrix.T
+        # BLAS does not find the best cut of small products; torch gives one product of a batch to each thread.
+        both = matrix.view(threads, -1, d), matrix.T.expand(threads, d, n)
+        return torch.bmm(*both).flatten(0, 1)
     product = matrix.new_empty(n, n)
     _mirrored(matrix, product)
     return product
+
+
+def _rows_each(n: int) -> int:
+    """Number of threads that share n rows evenly, with enough for each; 1 if they cannot."""
+    threads = torch.get_num_threads()
+    return threads if n % threads == 0 and n // threads >= _ROWS_EACH else 1
+
+
+def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
+    """A v; torch's product of a matrix and a vector keeps one thread busy, one of a batch of them all."""
+    m, d = matrix.shape
+    large = matrix.numel() * matrix.element_size() >= _STREAMED_FROM
+    if not large or matrix.device.type != "cpu" or is_compiling() or (threads := _rows_each(m)) == 1:
+        return matrix @ vector
+    # As rows times matrices: the other way round, torch's batched product walks the matrix with long strides.
+    rows = matrix.view(threads, -1, d)
+    return torch.bmm(vector.expand(threads, 1, d), rows.mT).flatten()
 
 
 def _mirrored(matrix: Tensor, product: Tensor) -> None:

@@ -93,24 +93,36 @@ class Withholding:
     Parameters
     ----------
     wanted
-        Whether a call that begins now is to be treated so.
+        Whether a call of the block of this name that begins now is to be treated so.
+
+    Attributes
+    ----------
+    names
+        Blocks with hooks.
+    always
+        Those of them that are treated so in every pass, and not only where rows of the curvature are made anyway.
     """
 
-    def __init__(self, wanted: Callable[[], bool]) -> None:
+    def __init__(self, wanted: Callable[[str], bool]) -> None:
         self.names: set[str] = set()
+        self.always: set[str] = set()
         self._wanted = wanted
         self._withheld: dict[nn.Module, list[nn.Parameter]] = {}
         self._last: nn.Module | None = None
         self._hooks = Hooks(self)
 
-    def add(self, block: Block) -> None:
+    def add(self, block: Block, always: bool) -> None:
         """Treat a block's module so, if it can be."""
-        if block.name in self.names or not can_withhold(block):
+        if not can_withhold(block):
+            return
+        if always:
+            self.always.add(block.name)
+        if block.name in self.names:
             return
         module, parameters = block.uses[0].module, list(block.parameters.values())
 
         def begin(module: nn.Module, args: Any) -> None:
-            if self._wanted():
+            if self._wanted(block.name):
                 self._withheld[module] = [p for p in parameters if p.requires_grad]
                 for p in self._withheld[module]:
                     p.requires_grad_(False)
@@ -132,6 +144,11 @@ class Withholding:
         # Before the hook that records, and also when the call fails.
         self._hooks.after(module, end, prepend=True, always_call=True)
 
+    def of(self, blocks: Sequence[Block]) -> tuple[set[str], set[str]]:
+        """Names of these blocks that have hooks, and of those treated so always."""
+        names = {block.name for block in blocks}
+        return self.names & names, self.always & names
+
     def just_withheld(self, module: nn.Module) -> bool:
         """Whether the call of `module` that has just ended kept its parameters out."""
         last, self._last = self._last, None
@@ -150,6 +167,7 @@ class Withholding:
         self.restore()
         self._hooks.remove()
         self.names.clear()
+        self.always.clear()
 
 
 def can_withhold(block: Block) -> bool:

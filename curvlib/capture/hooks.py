@@ -116,19 +116,18 @@ class Capture:
             adapter = adapter_for(type(module))
             if adapter is not None and adapter.couples_samples:
                 self._hooks.after(module, self._coupling(adapter), with_kwargs=True)
-        # Last, so that it runs after the hook of a root module that is a block itself.
-        self._hooks.after(self._model, self._finish)
+        self._hooks.after(self._model, self._finish)  # after the hook of a root module that is a block itself
         self._hooks.after(self._model, self._abandon, always_call=True)
 
     def watch(self, blocks: tuple[Block, ...]) -> None:
         """Capture these blocks from now on; passes go on counting for those that stay, the same objects."""
         staying = [block for block in blocks if any(block is other for other in self.blocks)]
-        handed = self._withholding.names & {block.name for block in staying}
+        handed, always = self._withholding.of(staying)
         self._hooks.remove()
         self._withholding.detach()
         self.blocks = blocks
         self._attach()
-        self.hand_over(handed)
+        self.hand_over(always, with_curvature=handed)
         self._checked, self._unchecked = 0, self._check
 
     def detach(self) -> None:
@@ -153,15 +152,15 @@ class Capture:
         """Whether there are blocks whose gradients are taken as rows."""
         return bool(self._withholding.names)
 
-    def hand_over(self, names: Collection[str]) -> None:
+    def hand_over(self, names: Collection[str], with_curvature: Collection[str] = ()) -> None:
         """Take the gradients of these blocks as rows from now on; their parameters' `.grad` stays None.
 
-        Blocks of several modules, of modules that compute their parameters, or whose samples depend on each other are
-        left as they are, as is a pass that is checked.
+        Those of `with_curvature` are so only in passes that are the curvature's too. Left as they are: blocks of
+        several modules, of modules that compute their parameters or mix samples, and a pass that is checked.
         """
         for block in self.blocks:
-            if block.name in names:
-                self._withholding.add(block)
+            if block.name in names or block.name in with_curvature:
+                self._withholding.add(block, always=block.name in names)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -215,8 +214,10 @@ class Capture:
     def _listening(self) -> bool:
         return not (self._paused or self._silence.on) and torch.is_grad_enabled()
 
-    def _hands_over(self) -> bool:
-        return self._current is not None and not self._unchecked and self._listening()
+    def _hands_over(self, name: str) -> bool:
+        if self._current is None or self._unchecked or not self._listening():
+            return False
+        return self._current.armed or name in self._withholding.always
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._discard()
@@ -224,13 +225,12 @@ class Capture:
             return
         if self._before is not None:
             self._before()
-        armed = self.armed
-        if armed or self._withholding.names:
+        if self.armed or self._withholding.always:
             sizes = [int(tensor.shape[0]) for tensor in tensors((args, kwargs)) if tensor.ndim]
             self._current = Pass(
                 next(self._numbers),
                 expected=sizes[0] if sizes else 0,
-                armed=armed,
+                armed=self.armed,
                 axes=self._axes,
                 blocks=self.blocks,
             )

@@ -17,7 +17,8 @@ def learned(capture: Capture) -> dict[str, Any]:
     gradients over takes its check as done when it is resumed, and with it what the check told.
     """
     axes = [[use.module_name, number, axis] for (use, number), axis in capture._axes.items()]
-    return {"handed": sorted(capture._withholding.names), "checked": not capture._unchecked, "axes": axes}
+    handed = {"handed": sorted(capture._withholding.names), "always": sorted(capture._withholding.always)}
+    return {**handed, "checked": not capture._unchecked, "axes": axes}
 
 
 def recall(capture: Capture, saved: Mapping[str, Any]) -> None:
@@ -26,4 +27,4 @@ def recall(capture: Capture, saved: Mapping[str, Any]) -> None:
     if saved["checked"]:
         capture._unchecked = False
         capture._axes.update({(uses[name], number): axis for name, number, axis in saved["axes"] if name in uses})
-        capture.hand_over(saved["handed"])
+        capture.hand_over(saved["always"], with_curvature=saved["handed"])

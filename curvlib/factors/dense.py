@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from curvlib.arrays import Array, Vector, device, namespace, self_product
+from curvlib.arrays import Array, Vector, device, matrix_vector, namespace, self_product
 from curvlib.errors import ConfigurationError
 from curvlib.factors.base import Factors, joint_samples
 
@@ -87,13 +87,13 @@ class Dense(Factors):
     def matvec(self, vector: Vector) -> Array:
         total = None
         for name, array in self.values.items():
-            product = array.reshape(len(self), -1) @ vector[name].reshape(-1)
+            product = matrix_vector(array.reshape(len(self), -1), vector[name].reshape(-1))
             total = product if total is None else total + product
         return total
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:
         return {
-            name: (weights @ array.reshape(len(self), -1)).reshape(array.shape[1:])
+            name: matrix_vector(array.reshape(len(self), -1).T, weights).reshape(array.shape[1:])
             for name, array in self.values.items()
         }
 

@@ -17,7 +17,16 @@ from curvlib.precond.refresh import Refresh
 from curvlib.precond.transforms import Transform
 from curvlib.solvers import Solver
 
-__all__ = ["BlockGradient", "block_gradients", "check_fused", "fresh", "gaining", "scaled_rows", "turned"]
+__all__ = [
+    "BlockGradient",
+    "block_gradients",
+    "check_fused",
+    "fresh",
+    "gaining",
+    "renewed_by_own",
+    "scaled_rows",
+    "turned",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,10 +115,19 @@ def block_gradients(
     return result
 
 
+_LOOKED_AHEAD = 64
+"""Steps by which a schedule is judged."""
+
+
+def renewed_by_own(fisher: Fisher, refresh: Refresh) -> bool:
+    """Whether a step that takes curvature solves with the rows of its own gradient."""
+    together = all(refresh.inverse_due(step) for step in range(_LOOKED_AHEAD) if refresh.due(step))
+    return isinstance(fisher, Empirical) and together and refresh.tolerance is None
+
+
 def fresh(fisher: Fisher, refresh: Refresh) -> bool:
     """Whether every step solves with the rows of its own gradient."""
-    always = all(refresh.due(step) and refresh.inverse_due(step) for step in range(4))
-    return isinstance(fisher, Empirical) and always and refresh.tolerance is None
+    return renewed_by_own(fisher, refresh) and all(refresh.due(step) for step in range(_LOOKED_AHEAD))
 
 
 def gaining(

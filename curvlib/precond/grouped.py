@@ -18,8 +18,9 @@ from curvlib.layers import Block
 from curvlib.precond.curvature import BlockState
 from curvlib.precond.damping import Constant, Damping, as_damping
 from curvlib.precond.division import Division, unchanged
-from curvlib.precond.gradients import fresh
+from curvlib.precond.gradients import fresh, renewed_by_own
 from curvlib.precond.groups import Group, assigned, check_options, defaults, of_block, places, resolved
+from curvlib.precond.refresh import Refresh
 from curvlib.precond.saved import DAMAGED, Saved, read, with_own, written
 from curvlib.precond.transforms import Transform
 from curvlib.precond.untouched import Untouched
@@ -85,7 +86,6 @@ class Grouped(torch.optim.Optimizer):
         self._division = division
         self._due = True
         self._seed, self._verify, self._fused, self._deferred = seed, verify, fused, deferred
-        self._fresh = fresh(self.fisher, self.refresh)
         self._blocks: tuple[Block, ...] = ()
         self._asked: dict[str, Solver] = {}  # what each block's state belongs to, as it was composed
         self._wanted: dict[str, Solver] = {}  # what it shall belong to from its next rows on
@@ -142,6 +142,15 @@ class Grouped(torch.optim.Optimizer):
     def plan(self) -> Plan:
         """Which exact routes Factors take."""
         return self._capture.plan
+
+    @property
+    def refresh(self) -> Refresh:  # documented on the class
+        return self._refresh
+
+    @refresh.setter
+    def refresh(self, refresh: Refresh) -> None:
+        self._refresh = refresh
+        self._fresh, self._own_rows = fresh(self.fisher, refresh), renewed_by_own(self.fisher, refresh)
 
     # -- groups and blocks --------------------------------------------------------------------------------------------
 

@@ -278,7 +278,10 @@ class NaturalGradient(Deferring):
         waiting = None if later is None else later.directions
         check_directions(looked, others, self.steps, cause=self._check_finite, later=waiting)
         if self._fused:
-            self._capture.hand_over(gaining(self._blocks, renewal.solvers, factors, self._fresh))
+            always, together = (
+                gaining(self._blocks, renewal.solvers, factors, same) for same in (self._fresh, self._own_rows)
+            )
+            self._capture.hand_over(always, with_curvature=together)
         return curvature, natural
 
     def _arguments(self) -> dict[str, Any]:

@@ -152,9 +152,11 @@ def _read(state: Mapping[str, Any], saved: Mapping[str, Any], optimizer: Grouped
 
 def _found_out(saved: Mapping[str, Any] | None) -> dict[str, Any]:
     if saved is None:
-        return {"handed": [], "checked": False, "axes": []}
+        return {"handed": [], "always": [], "checked": False, "axes": []}
     axes = [[str(name), int(number), int(axis)] for name, number, axis in saved["axes"]]
-    return {"handed": [str(name) for name in saved["handed"]], "checked": bool(saved["checked"]), "axes": axes}
+    handed = [str(name) for name in saved["handed"]]
+    always = [str(name) for name in saved.get("always", handed)]
+    return {"handed": handed, "always": always, "checked": bool(saved["checked"]), "axes": axes}
 
 
 def _check_buffers(held: Mapping[str, Any], p: Tensor) -> None:

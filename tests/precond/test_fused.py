@@ -8,7 +8,7 @@ from torch.nn import functional
 import curvlib
 from curvlib import Categorical, Empirical, KLClip, Momentum, Sampled, WeightDecay, Woodbury
 from curvlib.errors import ConfigurationError
-from curvlib.precond import GradientClip, Graft
+from curvlib.precond import Every, GradientClip, Graft
 
 SOLVERS = curvlib.solvers
 
@@ -115,6 +115,41 @@ def test_backward_makes_no_weight_gradient_and_leaves_the_model_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     functional.cross_entropy(model(xs[0]), ys[0]).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_between_refreshes_gradients_are_explicit_and_at_a_refresh_they_are_rows():
+    model, xs, ys = problem("convolutions")
+    optimizer = curvlib.compose(
+        model, fisher=Empirical(), solver=Woodbury(), damping=0.1, refresh=2, lr=0.05, fused=True
+    )
+    withheld = []
+    for step in range(5):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(xs[0]), ys[0]).backward()
+        withheld.append(model[0].weight.grad is None)
+        if step == 2:  # a resumed run goes on in the same way
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.zero_grad()
+            functional.cross_entropy(model(xs[0]), ys[0]).backward()
+        optimizer.step()
+    # The first pass is checked against autograd's gradient.
+    assert withheld == [False, False, True, False, True]
+
+
+def test_blocks_hand_over_in_every_step_again_when_the_refresh_does_so():
+    model, xs, ys = problem("convolutions")
+    optimizer = curvlib.compose(
+        model, fisher=Empirical(), solver=Woodbury(), damping=0.1, refresh=3, lr=0.05, fused=True
+    )
+    withheld = []
+    for step in range(5):
+        if step == 3:
+            optimizer.refresh = Every(1)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(xs[0]), ys[0]).backward()
+        withheld.append(model[0].weight.grad is None)
+        optimizer.step()
+    assert withheld == [False, False, False, True, True]
 
 
 def test_a_forward_pass_that_fails_leaves_parameters_trainable():
