@@ -8,6 +8,7 @@ from curvlib.arrays.linalg import (
     cholesky_inverse,
     cholesky_solve,
     eigh,
+    hadamard_gram,
     is_finite,
     matrix_vector,
     qr,
@@ -18,7 +19,7 @@ from curvlib.arrays.linalg import (
     triangular_solve,
     widen,
 )
-from curvlib.arrays.namespace import Array, Vector, contract, device, dot, kernels, namespace, nbytes
+from curvlib.arrays.namespace import Array, Vector, contract, device, dot, kernels, namespace, nbytes, same
 from curvlib.arrays.state import TRANSIENT, map_arrays, pack, record, unpack
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "dot",
     "eigh",
     "equal_pairs",
+    "hadamard_gram",
     "index_add",
     "is_finite",
     "kernels",
@@ -48,6 +50,7 @@ __all__ = [
     "record",
     "require",
     "require_finite",
+    "same",
     "self_product",
     "side_by_side",
     "trace",

@@ -16,6 +16,7 @@ __all__ = [
     "cholesky_inverse",
     "cholesky_solve",
     "eigh",
+    "hadamard_gram",
     "is_finite",
     "matrix_vector",
     "qr",
@@ -147,6 +148,11 @@ def qr(matrix: Array) -> tuple[Array, Array]:
 def self_product(matrix: Array) -> Array:
     """A Aᵀ for A of shape ``(n, d)``, each pair of its rows multiplied once where the library can do that faster."""
     return kernels(matrix).self_product(matrix)
+
+
+def hadamard_gram(first: Array, second: Array, shift: float) -> Array:
+    """(A Aᵀ + shift) ∘ (B Bᵀ) for A and B with as many rows, a new array."""
+    return kernels(first).hadamard_gram(first, second, shift)
 
 
 def matrix_vector(matrix: Array, vector: Array) -> Array:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import array_api_compat
 import opt_einsum
 
-__all__ = ["Array", "Vector", "contract", "device", "dot", "kernels", "namespace", "nbytes"]
+__all__ = ["Array", "Vector", "contract", "device", "dot", "kernels", "namespace", "nbytes", "same"]
 
 Array: TypeAlias = Any
 """An array of torch, CuPy or NumPy; which one is decided where the array is made, nowhere else."""
@@ -71,6 +71,16 @@ def _load_kernels(array: Array) -> Any:
             _KERNELS[type(array)] = module
             return module
     raise TypeError(f"{type(array).__name__} is no array of torch, CuPy or NumPy")
+
+
+def same(first: Array, second: Array) -> bool:
+    """Whether two arrays are views of the same memory in the same layout; False where that cannot be known."""
+    if first is second:
+        return True
+    if type(first) is not type(second):
+        return False
+    address = kernels(first).address(first)
+    return address is not None and bool(address == kernels(second).address(second))
 
 
 def device(array: Array) -> Any:

@@ -19,10 +19,12 @@ except ImportError as error:
 __all__ = [
     "FAILURES",
     "add_diagonal",
+    "address",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",
     "eigh",
+    "hadamard_gram",
     "index_add",
     "matrix_vector",
     "positions",
@@ -95,9 +97,20 @@ def self_product(matrix: Array) -> Array:
     return matrix @ matrix.T
 
 
+def hadamard_gram(first: Array, second: Array, shift: float) -> Array:
+    """(A Aᵀ + shift) ∘ (B Bᵀ)."""
+    return (self_product(first) + shift) * self_product(second)
+
+
 def matrix_vector(matrix: Array, vector: Array) -> Array:
     """A v; BLAS's gemv shares it out itself."""
     return matrix @ vector
+
+
+def address(array: Array) -> Any:
+    """What two views of the same memory in the same layout have in common."""
+    seen = array.__array_interface__
+    return seen["data"][0], seen["shape"], seen["strides"], seen["typestr"]
 
 
 def index_add(size: int, index: Array, values: Array) -> Array:

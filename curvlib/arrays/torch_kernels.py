@@ -15,10 +15,12 @@ from torch.compiler import is_compiling
 __all__ = [
     "FAILURES",
     "add_diagonal",
+    "address",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",
     "eigh",
+    "hadamard_gram",
     "index_add",
     "is_compiling",
     "matrix_vector",
@@ -41,8 +43,8 @@ _SHARED_FROM = 2**20
 _STREAMED_FROM = 2**24
 """Bytes from which a matrix comes from memory, which one thread alone does not keep busy, on a CPU."""
 
-_MIRROR_FROM = 512
-"""Rows from which three products of half the size are faster than one of the whole, on a CPU."""
+_HALVED_FROM, _HALVED_SIZE, _BLOCK, _FEW = 256, 2**18, 128, 4
+"""Rows, and elements, from which half a Gram matrix is made in blocks, their least rows, and threads they keep busy."""
 
 _ROWS_EACH = 16
 """Rows that a thread needs for its share of a product to be worth a call of its own, on a CPU."""
@@ -126,7 +128,7 @@ def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def self_product(matrix: Tensor) -> Tensor:
-    """A Aᵀ; torch has no symmetric product, so on a CPU the blocks above the diagonal are mirrored."""
+    """A Aᵀ; torch has no symmetric product, so on a CPU the blocks above the diagonal of large ones are mirrored."""
     n, d = matrix.shape
     if matrix.device.type != "cpu":
         return matrix @ matrix.T
@@ -138,16 +140,39 @@ def self_product(matrix: Tensor) -> Tensor:
         return total if whole == d else total + matrix[:, whole:] @ matrix[:, whole:].T
     if is_compiling() or matrix.requires_grad:
         return matrix @ matrix.T
-    if n < _MIRROR_FROM or d < n:
-        threads = _rows_each(n) if n * n * d >= _SHARED_FROM else 1
-        if threads == 1:
-            return matrix @ matrix.T
-        # BLAS does not find the best cut of small products; torch gives one product of a batch to each thread.
-        both = matrix.view(threads, -1, d), matrix.T.expand(threads, d, n)
-        return torch.bmm(*both).flatten(0, 1)
-    product = matrix.new_empty(n, n)
-    _mirrored(matrix, product)
-    return product
+    if _halved(n, d):
+        return _symmetric(matrix, lambda width, below: _products(matrix, width, below))
+    threads = _rows_each(n) if n * n * d >= _SHARED_FROM else 1
+    if threads == 1:
+        return matrix @ matrix.T
+    # BLAS does not find the best cut of small products; torch gives one product of a batch to each thread.
+    both = matrix.view(threads, -1, d), matrix.T.expand(threads, d, n)
+    return torch.bmm(*both).flatten(0, 1)
+
+
+def hadamard_gram(first: Tensor, second: Tensor, shift: float) -> Tensor:
+    """(A Aᵀ + shift) ∘ (B Bᵀ); on a CPU block by block, while they are in the cache."""
+    n, d = first.shape
+    plain = first.device.type != "cpu" or is_compiling() or first.requires_grad or second.requires_grad
+    if plain or not _halved(n, d + second.shape[1]):
+        product = self_product(first)
+        if shift:
+            product += shift
+        product *= self_product(second)
+        return product
+
+    def blocks(width: int, below: bool) -> Tensor:
+        made = _products(first, width, below)
+        if shift:
+            made += shift
+        return made.mul_(_products(second, width, below))
+
+    return _symmetric(first, blocks)
+
+
+def _halved(n: int, d: int) -> bool:
+    """Whether blocks at and below the diagonal of an n × n Gram matrix of d columns are faster than all of it."""
+    return n >= _HALVED_FROM and n % 2 == 0 and n * d >= _HALVED_SIZE and torch.get_num_threads() <= _FEW
 
 
 def _rows_each(n: int) -> int:
@@ -167,17 +192,51 @@ def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
     return torch.bmm(vector.expand(threads, 1, d), rows.mT).flatten()
 
 
-def _mirrored(matrix: Tensor, product: Tensor) -> None:
-    """Write A Aᵀ, the blocks above the diagonal as copies of those below."""
-    n = matrix.shape[0]
-    if n < _MIRROR_FROM:
-        torch.mm(matrix, matrix.T, out=product)
-        return
-    half = n // 2
-    _mirrored(matrix[:half], product[:half, :half])
-    _mirrored(matrix[half:], product[half:, half:])
-    torch.mm(matrix[half:], matrix[:half].T, out=product[half:, :half])
-    product[:half, half:] = product[half:, :half].T
+def _symmetric(like: Tensor, blocks: Callable[[int, bool], Tensor]) -> Tensor:
+    """Return a symmetric matrix with as many rows as another, of blocks at and below its diagonal.
+
+    Parameters
+    ----------
+    like
+        Gives the number of rows, the dtype and the device.
+    blocks
+        From the width of square blocks, and whether they are below the diagonal, to all blocks of that width: those in
+        the lower left of the diagonal blocks of twice their width, or those that fill the diagonal.
+    """
+    n = like.shape[0]
+    result, width = like.new_empty(n, n), n
+    while width % 2 == 0 and width // 2 >= _BLOCK:
+        strides, half = (width * n + width, n, 1), width // 2
+        below = blocks(half, True)
+        result.as_strided(below.shape, strides, half * n).copy_(below)
+        result.as_strided(below.shape, strides, half).copy_(below.mT)
+        width = half
+    diagonal = blocks(width, False)
+    result.as_strided(diagonal.shape, (width * n + width, n, 1)).copy_(diagonal)
+    return result
+
+
+def _products(matrix: Tensor, width: int, below: bool) -> Tensor:
+    """Blocks of A Aᵀ as `_symmetric` asks for them; torch gives one product of a batch to each thread."""
+    d = matrix.shape[1]
+    parts = matrix.view(-1, width, d)
+    if not below:
+        return torch.bmm(parts, parts.mT)
+    lower, upper = parts[1::2], parts[::2].mT
+    threads = _rows_each(width)
+    if len(lower) > 1 or threads == 1:
+        return torch.bmm(lower, upper)
+    return torch.bmm(lower[0].view(threads, -1, d), upper.expand(threads, d, width)).view(1, width, width)
+
+
+def address(array: Tensor) -> Any:
+    """What two views of the same memory in the same layout have in common; None where that cannot be known."""
+    if is_compiling() or array.is_meta:
+        return None
+    try:
+        return array.data_ptr(), tuple(array.shape), array.stride(), array.dtype, array.device
+    except RuntimeError:  # inside a transform of torch.func
+        return None
 
 
 def index_add(size: int, index: Tensor, values: Tensor) -> Tensor:

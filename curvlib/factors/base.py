@@ -114,6 +114,19 @@ class Factors(ABC):
         """Jᵀ w, a block vector, for row weights w of shape ``(rows,)``."""
         return self.dense().rmatvec(weights)
 
+    def combined(self, weights: Array, other: Factors, other_weights: Array) -> dict[str, Array]:
+        """Jᵀ w + Oᵀ u for other Factors O of the same block and their row weights u."""
+        result, theirs = self.rmatvec(weights), other.rmatvec(other_weights)
+        return {name: result[name] + theirs[name] for name in result}
+
+    def same_inputs(self, other: Factors) -> bool:
+        """Whether both are outer products with the very same inputs, as rows of one pass are."""
+        return False
+
+    def remembering(self) -> Factors:
+        """Return the same rows, which keep of the next Gram what the next cross-Gram can use again, until then."""
+        return self
+
     def covariance(self) -> Array:
         """JᵀJ, shape ``(parameters, parameters)``, parameters flattened in order."""
         return self.dense().covariance()

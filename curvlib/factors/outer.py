@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from curvlib.arrays import Array, Vector, contract, namespace, self_product
+from curvlib.arrays import TRANSIENT, Array, Vector, contract, hadamard_gram, namespace, same, self_product
 from curvlib.errors import ConfigurationError
 from curvlib.factors.base import Factors, Sharing, joint_samples
 from curvlib.factors.dense import Dense, full_rows, spread
 from curvlib.factors.kronecker import KroneckerLayout, KroneckerRows
+from curvlib.factors.scaled import Scaled
 from curvlib.factors.shared import SharedOuter, rename
 
 __all__ = ["OuterProduct"]
@@ -41,6 +42,7 @@ class OuterProduct(Factors):
     cotangents: Array
     weight: str | None = "weight"
     bias: str | None = None
+    memo: list[tuple[Array, Array]] | None = field(default=None, kw_only=True, repr=False, metadata=TRANSIENT)
 
     def __post_init__(self) -> None:
         if self.cotangents.ndim == 2:
@@ -86,17 +88,38 @@ class OuterProduct(Factors):
         return full_rows(self.cotangents, len(self), value)
 
     def gram(self) -> Array:
-        cotangents = self_product(self._flat_cotangents())
-        return cotangents if self.weight is None else self._joined(cotangents, self_product(self.inputs), self)
+        if self.weight is None:
+            return self_product(self._flat_cotangents())
+        if self.memo is None and self.cotangents.shape[1] == 1:
+            return hadamard_gram(self.inputs, self._flat_cotangents(), 0.0 if self.bias is None else 1.0)
+        inputs = self_product(self.inputs)
+        if self.memo is not None:
+            self.memo[:] = [(self.inputs, inputs + 0.0)]
+        return self._joined(self_product(self._flat_cotangents()), inputs, self)
 
     def cross_gram(self, other: Factors) -> Array:
+        if isinstance(other, Scaled):
+            return self.cross_gram(other.base) * other.scale
         if not isinstance(other, OuterProduct):
             return self.as_shared().cross_gram(other)
         self._require_same_block(other)
         cotangents = self._flat_cotangents() @ other._flat_cotangents().T
         if self.weight is None:
             return cotangents
-        return self._joined(cotangents, self.inputs @ other.inputs.T, other)
+        return self._joined(cotangents, self._inputs_with(other), other)
+
+    def _inputs_with(self, other: OuterProduct) -> Array:
+        """A Bᵀ of the inputs of both, a new array: the one of the last Gram where it is that."""
+        if self.memo and self.same_inputs(other) and self.memo[0][0] is self.inputs:
+            return self.memo.pop()[1]
+        return self.inputs @ other.inputs.T
+
+    def same_inputs(self, other: Factors) -> bool:
+        other = other.base if isinstance(other, Scaled) else other
+        return isinstance(other, OuterProduct) and same(self.inputs, other.inputs)
+
+    def remembering(self) -> OuterProduct:
+        return dataclasses.replace(self, memo=[])
 
     def _joined(self, cotangents: Array, inputs: Array, other: OuterProduct) -> Array:
         """Hadamard product of two new Gram matrices, each input's for all its columns."""
@@ -118,10 +141,24 @@ class OuterProduct(Factors):
         return (self.cotangents * outputs[:, None, :]).sum(axis=-1).reshape(-1)
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:
+        return self._gradient(self._weighted(weights))
+
+    def combined(self, weights: Array, other: Factors, other_weights: Array) -> dict[str, Array]:
+        if isinstance(other, Scaled):
+            return self.combined(weights, other.base, other_weights * other.scale)
+        if not isinstance(other, OuterProduct) or not self.same_inputs(other):
+            return super().combined(weights, other, other_weights)
+        self._require_same_block(other)
+        # Cotangents of the same pass: one product with its inputs is enough for both.
+        return self._gradient(self._weighted(weights) + other._weighted(other_weights))
+
+    def _weighted(self, weights: Array) -> Array:
+        """Cotangents, each column times its row's weight, summed over columns."""
         columns = self.cotangents.shape[1]
         weighted = self._flat_cotangents() * weights[:, None]
-        if columns > 1:
-            weighted = weighted.reshape(self.cotangents.shape).sum(axis=1)
+        return weighted.reshape(self.cotangents.shape).sum(axis=1) if columns > 1 else weighted
+
+    def _gradient(self, weighted: Array) -> dict[str, Array]:
         weight = {} if self.weight is None else {self.weight: weighted.T @ self.inputs}
         bias = {} if self.bias is None else {self.bias: weighted.sum(axis=0)}
         return weight | bias
@@ -157,7 +194,9 @@ class OuterProduct(Factors):
         weight, bias = (name if name in names else None for name in (self.weight, self.bias))
         return dataclasses.replace(self, weight=weight, bias=bias)
 
-    def scaled(self, scale: Array | float) -> OuterProduct:
+    def scaled(self, scale: Array | float) -> Factors:
+        if isinstance(scale, float | int):
+            return Scaled(self, float(scale), samples=self.samples)
         return dataclasses.replace(self, cotangents=self.cotangents * spread(scale, self.cotangents.shape[:2], 3))
 
     def as_shared(self) -> SharedOuter:
@@ -179,6 +218,8 @@ class OuterProduct(Factors):
     def cat(self, others: Sequence[Factors]) -> Factors:
         parts: list[OuterProduct] = [self]
         for other in others:
+            if isinstance(other, Scaled):
+                other = other.applied()
             if not isinstance(other, OuterProduct) or other.cotangents.shape[1] != self.cotangents.shape[1]:
                 return super().cat(others)
             self._require_same_block(other)

@@ -35,9 +35,8 @@ class Scaled(Factors):
 
     def applied(self) -> Factors:
         """Return the same rows as Factors of another kind, the number multiplied out."""
-        rows = self.base.scaled(self.scale)
-        if isinstance(rows, Scaled):
-            rows = self.base.dense().scaled(self.scale)
+        # A number for each row, which Factors do not put off as they do a single one.
+        rows = self.base.scaled(self.base.row_weights(self.scale))
         return rows.with_samples(self.normalizer)
 
     def dense(self) -> Dense:
@@ -72,6 +71,17 @@ class Scaled(Factors):
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:
         return self.base.rmatvec(weights * self.scale)
+
+    def combined(self, weights: Array, other: Factors, other_weights: Array) -> dict[str, Array]:
+        if isinstance(other, Scaled):
+            return self.base.combined(weights * self.scale, other.base, other_weights * other.scale)
+        return self.base.combined(weights * self.scale, other, other_weights)
+
+    def same_inputs(self, other: Factors) -> bool:
+        return self.base.same_inputs(other)
+
+    def remembering(self) -> Scaled:
+        return dataclasses.replace(self, base=self.base.remembering())
 
     def covariance(self) -> Array:
         return self.base.covariance() * self.scale**2
@@ -108,13 +118,13 @@ class Scaled(Factors):
     def add(self, other: Factors) -> Factors:
         if isinstance(other, Scaled) and other.scale == self.scale:
             return dataclasses.replace(self, base=self.base.add(other.base))
-        return self.applied().add(other)
+        return self.applied().add(other.applied() if isinstance(other, Scaled) else other)
 
     def cat(self, others: Sequence[Factors]) -> Factors:
         parts: list[Scaled] = [self]
         for other in others:
             if not isinstance(other, Scaled) or other.scale != self.scale:
-                return self.applied().cat(others)
+                return self.applied().cat([one.applied() if isinstance(one, Scaled) else one for one in others])
             parts.append(other)
         base = self.base.cat([part.base for part in parts[1:]])
         return Scaled(base, self.scale, samples=joint_samples(parts))

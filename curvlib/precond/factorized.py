@@ -31,7 +31,7 @@ class FactorizedIn(Wrapped):
         inverses = self.solver.factorize_all([wider.widened(estimate) for estimate in estimates], dampings)
         return [wider.narrowed(inverse) for inverse in inverses]
 
-    def gains_from_rows(self, factors: Factors, same: bool) -> bool:
+    def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
         # The inverse is made of other objects than the rows, though of equal numbers.
         return self.solver.gains_from_rows(factors, False)
 

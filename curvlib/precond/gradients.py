@@ -11,7 +11,7 @@ from torch import Tensor
 from curvlib.capture import GradientRows, Taken
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors
-from curvlib.fisher import Empirical, Fisher
+from curvlib.fisher import Fisher
 from curvlib.layers import Block
 from curvlib.precond.refresh import Refresh
 from curvlib.precond.transforms import Transform
@@ -19,11 +19,12 @@ from curvlib.solvers import Solver
 
 __all__ = [
     "BlockGradient",
+    "always",
     "block_gradients",
     "check_fused",
-    "fresh",
     "gaining",
-    "renewed_by_own",
+    "inverted_at_once",
+    "remembering",
     "scaled_rows",
     "turned",
 ]
@@ -75,6 +76,14 @@ def scaled_rows(taken: Taken) -> dict[str, GradientRows]:
     }
 
 
+def remembering(factors: Mapping[str, Factors], gradients: Mapping[str, GradientRows]) -> dict[str, Factors]:
+    """Rows of the curvature, told to keep something where other rows of the same pass will be multiplied with them."""
+    return {
+        name: rows.remembering() if name in gradients and gradients[name].factors is not rows else rows
+        for name, rows in factors.items()
+    }
+
+
 def turned(
     factors: Mapping[str, Factors], gradients: Mapping[str, GradientRows], names: Collection[str], fisher: Fisher
 ) -> tuple[dict[str, Factors], dict[str, GradientRows]]:
@@ -119,19 +128,23 @@ _LOOKED_AHEAD = 64
 """Steps by which a schedule is judged."""
 
 
-def renewed_by_own(fisher: Fisher, refresh: Refresh) -> bool:
-    """Whether a step that takes curvature solves with the rows of its own gradient."""
+def inverted_at_once(refresh: Refresh) -> bool:
+    """Whether a step that takes curvature solves with it."""
     together = all(refresh.inverse_due(step) for step in range(_LOOKED_AHEAD) if refresh.due(step))
-    return isinstance(fisher, Empirical) and together and refresh.tolerance is None
+    return together and refresh.tolerance is None
 
 
-def fresh(fisher: Fisher, refresh: Refresh) -> bool:
-    """Whether every step solves with the rows of its own gradient."""
-    return renewed_by_own(fisher, refresh) and all(refresh.due(step) for step in range(_LOOKED_AHEAD))
+def always(refresh: Refresh) -> bool:
+    """Whether every step solves with curvature of its own."""
+    return inverted_at_once(refresh) and all(refresh.due(step) for step in range(_LOOKED_AHEAD))
 
 
 def gaining(
-    blocks: Sequence[Block], solvers: Mapping[str, Solver], factors: Mapping[str, Factors], same: bool
+    blocks: Sequence[Block],
+    solvers: Mapping[str, Solver],
+    factors: Mapping[str, Factors],
+    same: bool,
+    together: bool,
 ) -> list[str]:
     """Names of blocks whose solver gains from the gradient as rows.
 
@@ -143,11 +156,13 @@ def gaining(
         Rows as they come.
     same
         Whether the gradient's rows are those of the inverse.
+    together
+        Whether they are of the same passes.
     """
     return [
         block.name
         for block in blocks
-        if block.name in factors and solvers[block.name].gains_from_rows(factors[block.name], same)
+        if block.name in factors and solvers[block.name].gains_from_rows(factors[block.name], same, together)
     ]
 
 

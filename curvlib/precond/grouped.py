@@ -18,7 +18,7 @@ from curvlib.layers import Block
 from curvlib.precond.curvature import BlockState
 from curvlib.precond.damping import Constant, Damping, as_damping
 from curvlib.precond.division import Division, unchanged
-from curvlib.precond.gradients import fresh, renewed_by_own
+from curvlib.precond.gradients import always, inverted_at_once
 from curvlib.precond.groups import Group, assigned, check_options, defaults, of_block, places, resolved
 from curvlib.precond.refresh import Refresh
 from curvlib.precond.saved import DAMAGED, Saved, read, with_own, written
@@ -150,7 +150,7 @@ class Grouped(torch.optim.Optimizer):
     @refresh.setter
     def refresh(self, refresh: Refresh) -> None:
         self._refresh = refresh
-        self._fresh, self._own_rows = fresh(self.fisher, refresh), renewed_by_own(self.fisher, refresh)
+        self._always, self._at_once = always(refresh), inverted_at_once(refresh)
 
     # -- groups and blocks --------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from curvlib.precond.deferral import Unseen, Verdict, selected
 from curvlib.precond.deferring import Deferring
 from curvlib.precond.division import Division
 from curvlib.precond.failure import Failures, OnFailure
-from curvlib.precond.gradients import block_gradients, gaining, scaled_rows, turned
+from curvlib.precond.gradients import block_gradients, gaining, remembering, scaled_rows, turned
 from curvlib.precond.groups import ByGroup, Group, check_options, one_sign, spoken_for
 from curvlib.precond.health import Health, Moved
 from curvlib.precond.second_pass import (
@@ -154,7 +154,7 @@ class NaturalGradient(Deferring):
             check_options(group, self.transforms)
         self._read_solvers()
         upwards = [name for name, up in self._said("maximize").items() if up]
-        factors, rows = turned(factors, rows, upwards, self.fisher)
+        factors, rows = turned(remembering(factors, rows), rows, upwards, self.fisher)
         context, own = self._context(groups, rows)
         in_place, host = self._before(later)
         if any(transform.on_gradient for transform in self.transforms):
@@ -273,15 +273,17 @@ class NaturalGradient(Deferring):
         everything: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
         others = [p.grad for p in everything if p.grad is not None and p not in natural]
         # Rows that are not finite have no Cholesky factor, so what an exact solver made of them needs no second look.
-        sound = {name for name in rows if self._fresh and renewal.solvers[name].exact}
+        sound = {name for name in rows if self._always and self.fisher.needs_backward and renewal.solvers[name].exact}
         looked = {name: direction for name, direction in directions.items() if name not in sound}
         waiting = None if later is None else later.directions
         check_directions(looked, others, self.steps, cause=self._check_finite, later=waiting)
         if self._fused:
-            always, together = (
-                gaining(self._blocks, renewal.solvers, factors, same) for same in (self._fresh, self._own_rows)
+            alike = self.fisher.needs_backward  # the loss's rows are the curvature's
+            every, some = (
+                gaining(self._blocks, renewal.solvers, factors, together and alike, together)
+                for together in (self._always, self._at_once)
             )
-            self._capture.hand_over(always, with_curvature=together)
+            self._capture.hand_over(every, with_curvature=some)
         return curvature, natural
 
     def _arguments(self) -> dict[str, Any]:

@@ -42,8 +42,8 @@ class Wrapped(Solver):
     def keeps_rows(self) -> bool:
         return self.solver.keeps_rows
 
-    def gains_from_rows(self, factors: Factors, same: bool) -> bool:
-        return self.solver.gains_from_rows(factors, same)
+    def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
+        return self.solver.gains_from_rows(factors, same, together)
 
     def update(self, estimate: Any, factors: Factors) -> Any:
         return self.solver.update(estimate, factors)

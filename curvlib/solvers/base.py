@@ -140,7 +140,7 @@ class Solver(Checked, ABC):
         """Whether `update` begins with `Factors.compact`, so that rows may be brought to that form beforehand."""
         return False
 
-    def gains_from_rows(self, factors: Factors, same: bool) -> bool:
+    def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
         """Whether `solve` is cheaper when the gradient comes as fresh rows instead of explicitly.
 
         Parameters
@@ -149,6 +149,8 @@ class Solver(Checked, ABC):
             Rows of the kind and sizes that are to be expected.
         same
             Whether the gradient's rows will be the very rows that the inverse was made of.
+        together
+            Whether they will be of the same passes as those, with the same inputs.
         """
         return False
 
@@ -207,6 +209,20 @@ def sample_space_pays(factors: Factors) -> bool:
         return False
     rows, d_in, d_out = sizes
     return rows * (d_in + d_out) < d_in * d_out
+
+
+def together_pays(gradient: Factors, rows: Factors) -> bool:
+    """Whether rows of one pass are cheaper to combine with each other than with the gradient written out.
+
+    They have the inputs' Gram in common, and one product with the inputs makes the sum of both.
+    """
+    return rows_of_one_pass_pay(gradient) and rows.same_inputs(gradient)
+
+
+def rows_of_one_pass_pay(factors: Factors) -> bool:
+    """Whether ``n² d_out + n d_in d_out`` is less than the three products with inputs of an explicit gradient."""
+    sizes = factors.outer_sizes
+    return sizes is not None and sizes[0] < 2 * sizes[1]
 
 
 def check_block(vector: Vector, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -120,7 +120,7 @@ class EKFAC(Solver):
         reciprocals = 1 / (estimate.moments + check_damping(damping))
         return KFACEigen(estimate.inputs, estimate.cotangents, reciprocals, estimate.layout)
 
-    def gains_from_rows(self, factors: Factors, same: bool) -> bool:
+    def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
         return rows_pay(factors)
 
     def solve(self, inverse: KFACEigen, gradient: Gradient) -> dict[str, Array]:

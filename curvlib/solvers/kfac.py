@@ -183,7 +183,7 @@ class KFAC(Solver):
     def _explicit(self, width: int, other: int) -> bool:
         return self.form == "inverse" or (self.form == "auto" and width <= _WIDER * other)
 
-    def gains_from_rows(self, factors: Factors, same: bool) -> bool:
+    def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
         return rows_pay(factors)
 
     def solve(self, inverse: KFACInverse | KFACEigen, gradient: Gradient) -> dict[str, Array]:

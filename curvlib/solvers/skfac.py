@@ -92,7 +92,7 @@ class SKFAC(Solver):
             estimate.layout,
         )
 
-    def gains_from_rows(self, factors: Factors, same: bool) -> bool:
+    def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
         return sample_space_pays(factors)
 
     def solve(self, inverse: SKFACInverse, gradient: Gradient) -> dict[str, Array]:

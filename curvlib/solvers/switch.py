@@ -93,8 +93,8 @@ class Switch(Solver):
     def of_kronecker_rows(self) -> bool:
         return any(solver.of_kronecker_rows for solver in self.solvers)
 
-    def gains_from_rows(self, factors: Factors, same: bool) -> bool:
-        return all(solver.gains_from_rows(factors, same) for solver in self.solvers)
+    def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
+        return all(solver.gains_from_rows(factors, same, together) for solver in self.solvers)
 
     def update(self, estimate: SwitchEstimate | None, factors: Factors) -> SwitchEstimate:
         count = 0 if estimate is None else estimate.count

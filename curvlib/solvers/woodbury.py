@@ -9,9 +9,18 @@ from typing import Any
 from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, device, namespace, record, side_by_side
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Dense as DenseRows
-from curvlib.factors import Factors, Scaled, cat
+from curvlib.factors import Factors, Scaled
 from curvlib.factors.lowrank import truncated
-from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping, sample_space_pays
+from curvlib.solvers.base import (
+    Gradient,
+    Solver,
+    as_vector,
+    check_block,
+    check_damping,
+    rows_of_one_pass_pay,
+    sample_space_pays,
+    together_pays,
+)
 from curvlib.solvers.dense import Covariance, Dense, DenseInverse
 
 __all__ = ["Woodbury", "WoodburyEstimate", "WoodburyInverse", "kernel_solutions"]
@@ -89,7 +98,8 @@ class Woodbury(Solver):
             kept = kept.applied()
         if self.low_rank is not None and isinstance(kept, DenseRows):
             kept = truncated(kept, self.low_rank, gram)
-        return WoodburyEstimate(kept, gram / factors.normalizer)
+        gram /= factors.normalizer
+        return WoodburyEstimate(kept, gram)
 
     def factorize(self, estimate: WoodburyEstimate | Covariance, damping: float) -> WoodburyInverse | DenseInverse:
         if isinstance(estimate, Covariance):
@@ -130,10 +140,10 @@ class Woodbury(Solver):
                 inverses[place] = WoodburyInverse(rows, factors[number], float(dampings[place]))
         return inverses
 
-    def gains_from_rows(self, factors: Factors, same: bool) -> bool:
+    def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
         if not self.exact or factors.size <= len(factors):
             return False
-        return same or sample_space_pays(factors)
+        return same or sample_space_pays(factors) or (together and rows_of_one_pass_pay(factors))
 
     def solve(self, inverse: WoodburyInverse | DenseInverse, gradient: Gradient) -> dict[str, Array]:
         if isinstance(inverse, DenseInverse):
@@ -163,13 +173,12 @@ class Woodbury(Solver):
         rows, damping = inverse.factors, inverse.damping
         if gradient is rows and self.exact:
             return rows.row_weights(1 / rows.normalizer), rows.rmatvec
-        if isinstance(gradient, Factors) and sample_space_pays(gradient):
+        if isinstance(gradient, Factors) and (sample_space_pays(gradient) or together_pays(gradient, rows)):
             # One combination of the gradient's rows and the inverse's.
             ones = gradient.row_weights(1 / gradient.normalizer)
 
             def combine(weights: Array) -> dict[str, Array]:
-                both = namespace(ones).concat([ones, weights / -rows.normalizer]) / damping
-                return cat((gradient, rows)).rmatvec(both)
+                return gradient.combined(ones / damping, rows, weights / (-rows.normalizer * damping))
 
             return rows.cross_gram(gradient) @ ones, combine
         vector = as_vector(gradient)

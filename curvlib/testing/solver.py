@@ -99,8 +99,8 @@ def example_factors() -> dict[str, Factors]:
         pattern = torch.arange(1, torch.Size(shape).numel() + 1, dtype=torch.float64)
         return torch.cos(pattern * pattern * 0.31 + phase).reshape(shape)
 
-    def outer(n: int, columns: int = 2, **names: str) -> Factors:
-        return OuterProduct(numbers_of(n, 4), numbers_of(n, columns, 3, phase=1), samples=n, **names)
+    def outer(n: int, columns: int = 2, bias: str | None = None) -> Factors:
+        return OuterProduct(numbers_of(n, 4), numbers_of(n, columns, 3, phase=1), bias=bias, samples=n)
 
     def shared(n: int, bias: str | None = None) -> Factors:
         inputs, cotangents = numbers_of(n, 5, 2, 3), numbers_of(n, 1, 5, 2, 2, phase=1)

@@ -79,13 +79,58 @@ def test_vectors_are_solved_for_too(library):
     np.testing.assert_allclose(read(arrays.cholesky_solve(make(factor), make(rhs))), np.linalg.solve(spd(), rhs))
 
 
-@pytest.mark.parametrize("n", [1, 7, 600, 1025])
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+# With sizes on either side of those at which torch's kernel on a CPU goes another way.
+@pytest.mark.parametrize(
+    "n, d",
+    [(1, 3), (7, 3), (600, 3), (1025, 3), (96, 300), (128, 1000), (256, 1024), (384, 700), (512, 600), (514, 600)],
+)
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_symmetric_products(library, n, order):
+def test_symmetric_products(library, threads, n, d, order):
     make, read = library
-    matrix = np.asarray(numbers(n, 3), order=order)
+    matrix, other = np.asarray(numbers(n, d), order=order), numbers(n, 5)
+    gram = matrix @ matrix.T
     found = read(arrays.self_product(make(matrix)))
-    np.testing.assert_allclose(found, matrix @ matrix.T, atol=1e-12)
+    np.testing.assert_allclose(found, gram, atol=1e-11)
+    for shift in (0.0, 1.0):
+        found = read(arrays.hadamard_gram(make(matrix), make(other), shift))
+        np.testing.assert_allclose(found, (gram + shift) * (other @ other.T), atol=1e-10)
+
+
+@pytest.mark.parametrize(("n", "d"), [(3, 5), (64, 40_000), (66, 40_001), (40_000, 64)])
+def test_products_with_vectors(library, threads, n, d):
+    make, read = library
+    matrix = numbers(n, d)
+    for one in (matrix, np.asarray(matrix, order="F"), matrix[:, ::2], matrix[::2]):
+        vector = numbers(one.shape[1])
+        np.testing.assert_allclose(read(arrays.matrix_vector(make(one), make(vector))), one @ vector, atol=1e-10)
+
+
+def test_views_of_the_same_memory_are_the_same(library):
+    make, _ = library
+    matrix, other = make(numbers(4, 6)), make(numbers(4, 6))
+    assert arrays.same(matrix, matrix)
+    if isinstance(matrix, np.ndarray) and arrays.kernels(matrix).__name__.endswith("cupy_kernels"):
+        pytest.skip("NumPy's arrays have no address on a GPU")
+    assert arrays.same(matrix[1:], matrix[1:])
+    assert arrays.same(matrix.reshape(2, 12), matrix.reshape(2, 12))
+    for one in (other, matrix[:, :5], matrix[1:], matrix.T, matrix.reshape(2, 12)):
+        assert not arrays.same(matrix, one)
+
+
+def test_nothing_is_known_of_memory_that_is_not_there():
+    matrix = torch.zeros(2, 2, device="meta")
+    assert arrays.same(matrix, matrix)
+    assert not arrays.same(matrix, torch.zeros(2, 2, device="meta"))
+    apart = torch.vmap(lambda a, b: torch.tensor(float(arrays.same(a[0], b[0]))))(torch.zeros(3, 2), torch.zeros(3, 2))
+    assert not apart.any()
 
 
 @pytest.mark.parametrize("rest", [(), (2,), (2, 3)], ids=str)

@@ -1,8 +1,10 @@
 """Outer products and their sums over positions: rows from the definition, and every route to the same Gram."""
 
+import dataclasses
+
 import numpy as np
 import pytest
-from kinds import COLUMNS, KINDS, N, close, matrix, outer, shared
+from kinds import COLUMNS, KINDS, N, close, matrix, numbers, outer, shared
 
 from curvlib.factors import Dense, cost
 
@@ -67,3 +69,39 @@ def test_route_follows_the_sizes():
     assert not cost.pairs_beat_rows(many, many)
     assert cost.rows_are_cheaper_to_keep(many)
     assert not cost.rows_are_cheaper_to_keep(few)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("bias", [None, "bias"])
+@pytest.mark.parametrize("scales", [(1, 1), (1, 3.0), (0.5, 1), (0.5, 3.0)])
+@pytest.mark.parametrize("together", [False, True])
+def test_rows_of_one_pass_combine_as_any_others(library, bias, scales, together):
+    first, second = outer(library, bias=bias), outer(library, seed=1, bias=bias)
+    if together:
+        second = dataclasses.replace(second, inputs=first.inputs.reshape(first.inputs.shape))
+    rows, other = (one if scale == 1 else one.scaled(scale) for one, scale in zip((first, second), scales, strict=True))
+    assert rows.same_inputs(other) == other.same_inputs(rows) == together
+    weights = [numbers(library, len(rows), seed=seed) for seed in (2, 3)]
+    expected = matrix(rows).T @ np.asarray(weights[0]) + matrix(other).T @ np.asarray(weights[1])
+    found = rows.combined(weights[0], other, weights[1])
+    close(np.concatenate([np.asarray(value).reshape(-1) for value in found.values()]), expected)
+    expected = matrix(rows) @ matrix(other).T
+    kept = rows.remembering()
+    for _ in range(2):  # what was kept serves once
+        close(kept.gram(), matrix(rows) @ matrix(rows).T)
+        close(kept.cross_gram(other), expected)
+        close(kept.cross_gram(other), expected)
+        close(other.cross_gram(kept), expected.T)
+
+
+@pytest.mark.parametrize("scales", [(0.5, 0.5), (0.5, 3.0), (0.5, 1)])
+def test_rows_times_a_number_are_never_written_out(scales, monkeypatch):
+    first, second = (
+        one if scale == 1 else one.scaled(scale)
+        for one, scale in zip((outer("torch"), outer("torch", seed=1)), scales, strict=True)
+    )
+    expected = np.concatenate([matrix(first), matrix(second)])
+    rolled = np.roll(expected, len(second), 0)
+    monkeypatch.setattr(Dense, "__init__", None)
+    close(first.cat([second]).gram(), expected @ expected.T)
+    close(second.cat([first]).gram(), rolled @ rolled.T)
