@@ -63,8 +63,11 @@ candidates are timed when sizes are first met; `plan=Plan()` has them counted th
 
 **Fused.** `compose(..., fused=True)` hands the gradient to solvers that gain from it as rows, from the second step
 on. With fresh empirical factors the exact natural gradient is `Jᵀw` with `w = (K + λI)⁻¹1/n`, at the price of one
-weight gradient; the ordinary one, of the same price, is then never made. With sampled labels or stale factors `J g`
-becomes a cross-Gram where that is cheaper. It is for loops that do not look at `.grad` themselves.
+weight gradient; the ordinary one, of the same price, is then never made: in every step, or where factors are kept for
+several, in those that renew them. With sampled labels or stale factors `J g` becomes a cross-Gram where that is
+cheaper. Sampled rows and the gradient's come from one pass, so that a linear layer's inputs are the same in both: their
+Gram is made once, and one product with them makes the natural gradient. It is for loops that do not look at `.grad`
+themselves.
 
 **Refresh.** With `refresh=T` rows, Gram and factorisation are paid once in T steps; two products with the kept rows
 remain.
@@ -72,8 +75,9 @@ remain.
 **Side by side.** LAPACK wakes all threads for every panel of a matrix, and below a width of a thousand or so the waking
 costs more than the panel: with two threads the eigenvectors of a 256 × 256 matrix take several times as long as with
 one. So on a CPU the decompositions of all blocks are shared out among threads, one matrix a thread
-(`curvlib.arrays.side_by_side`), where enough of them are worth the threads. Products are left to the library:
-shared out in the same way they were slower (measured), for they evict each other's operands.
+(`curvlib.arrays.side_by_side`), where enough of them are worth the threads. Products stay on one thread of Python,
+which was faster (measured). Small ones, and blocks of the lower half of large Gram matrices, go to the library as
+batches, a product for each of its threads.
 
 **Memory.** glibc gives large blocks back to the system when they are freed and fetches new pages for the next ones; at
 every step the rows of a convolution pay for that. With `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` set to
@@ -90,7 +94,7 @@ products run at a better rate than small ones.
 ## How near to the machine
 
 Share of the rate of a large matrix product on the same machine ({product:.0f} GFLOP/s), for Linear blocks 1024 wide.
-The Gram is counted as the full product, 4 n² d; symmetry, which is used from 512 rows on, can take it above what it
+The Gram is counted as the full product, 4 n² d; symmetry, which is used from 256 rows on, can take it above what it
 would reach otherwise. A Cholesky factorisation is counted as n³/3.
 
 {roofline}

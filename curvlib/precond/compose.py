@@ -103,7 +103,8 @@ def compose(
         passes, once).
     fused
         Whether blocks whose solver gains from it get their gradient as rows, from the second step on: backward then
-        makes no weight gradient for them, and `.grad` of their parameters stays None. The natural gradient is the same.
+        makes no weight gradient for them, and `.grad` of their parameters stays None, in every step or only in those
+        that renew the curvature. The natural gradient is the same.
         For loops that do not look at gradients themselves: clipping outside and a GradScaler are refused at the first
         step; no DDP.
     plan

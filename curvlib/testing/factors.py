@@ -107,6 +107,11 @@ def _check_products(factors: Factors, rows: Tensor, compare: Comparison) -> None
         "cross_gram of dense with it": (lambda: other.dense().cross_gram(factors), _matrix(other) @ rows.T),
         "matvec (J v)": (lambda: factors.matvec(vector), rows @ flat),
         "rmatvec (Jᵀ w)": (lambda: _flat(factors, factors.rmatvec(weights_in)), rows.T @ weights),
+        "combined (Jᵀ w + Oᵀ u)": (
+            lambda: _flat(factors, factors.combined(weights_in, other, other.row_weights(0.5))),
+            rows.T @ weights + 0.5 * _matrix(other).sum(0),
+        ),
+        "remembering().cross_gram(other)": (lambda: _remembered(factors).cross_gram(other), rows @ _matrix(other).T),
         "covariance() (JᵀJ)": (lambda: factors.covariance(), rows.T @ rows),
         "diagonal() of JᵀJ": (lambda: _flat(factors, factors.diagonal()), (rows * rows).sum(0)),
     }
@@ -115,6 +120,13 @@ def _check_products(factors: Factors, rows: Tensor, compare: Comparison) -> None
     for quantity, result in {"rmatvec": factors.rmatvec(weights_in), "diagonal": factors.diagonal()}.items():
         shapes = {name: tuple(array.shape) for name, array in result.items()}
         compare.equal(f"shapes of {quantity}", shapes, factors.shapes)
+
+
+def _remembered(factors: Factors) -> Factors:
+    """Return factors that may have kept something of their Gram."""
+    kept = factors.remembering()
+    kept.gram()
+    return kept
 
 
 def _check_new_factors(factors: Factors, rows: Tensor, compare: Comparison) -> None:

@@ -89,7 +89,7 @@ def threads(request):
 
 # With sizes on either side of those at which torch's kernel on a CPU goes another way.
 @pytest.mark.parametrize(
-    "n, d",
+    ("n", "d"),
     [(1, 3), (7, 3), (600, 3), (1025, 3), (96, 300), (128, 1000), (256, 1024), (384, 700), (512, 600), (514, 600)],
 )
 @pytest.mark.parametrize("order", ["C", "F"])
