@@ -30,7 +30,7 @@ tables (under 25 minutes on an idle machine), `make bench-peers` those of other 
 
 Claims about speed are ratios to SGD with momentum *in the same process*: each window of a method has a window of SGD
 right before it, and the median over rounds of their ratio is reported. What slows the whole machine slows both. Time
-is wall clock, threads are pinned, `OMP_WAIT_POLICY=PASSIVE` keeps waiting threads from spinning, data are random,
+is wall clock, threads are pinned, `OMP_WAIT_POLICY=PASSIVE` (for NumPy's BLAS `OPENBLAS_THREAD_TIMEOUT=4`) keeps waiting threads from spinning, data are random,
 hyperparameters are the same for all and nothing is tuned: it is the cost of a step, no claim about convergence.
 Memory is the peak of the resident set of a process of its own for each method, minus that of SGD's process.
 

@@ -9,6 +9,7 @@ Writes ``peers.json`` and ``peers.md``. `make bench-peers` runs it where the pee
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # NumPy's threads would spin on into SGD's next window
 
 import argparse
 import contextlib
