@@ -30,8 +30,9 @@ tables (under 25 minutes on an idle machine), `make bench-peers` those of other 
 
 Claims about speed are ratios to SGD with momentum *in the same process*: each window of a method has a window of SGD
 right before it, and the median over rounds of their ratio is reported. What slows the whole machine slows both. Time
-is wall clock, threads are pinned, `OMP_WAIT_POLICY=PASSIVE` (for NumPy's BLAS `OPENBLAS_THREAD_TIMEOUT=4`) keeps waiting threads from spinning, data are random,
-hyperparameters are the same for all and nothing is tuned: it is the cost of a step, no claim about convergence.
+is wall clock, threads are pinned, data are random, hyperparameters are the same for all and nothing is tuned: it is the
+cost of a step, no claim about convergence. `OMP_WAIT_POLICY=PASSIVE`, and for NumPy's BLAS `OPENBLAS_THREAD_TIMEOUT=4`,
+keep waiting threads from spinning: else NumPy's slow torch's down for a while after each call.
 Memory is the peak of the resident set of a process of its own for each method, minus that of SGD's process.
 
 {conditions}
