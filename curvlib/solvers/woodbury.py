@@ -134,10 +134,8 @@ class Woodbury(Solver):
                     add_diagonal(kernels[number], check_damping(dampings[place])) for number, place in enumerate(places)
                 ]
                 stack = namespace(*damped).stack(damped)
-            factors = cholesky(stack)
-            for number, place in enumerate(places):
-                rows = estimates[place].factors
-                inverses[place] = WoodburyInverse(rows, factors[number], float(dampings[place]))
+            for place, factor in zip(places, list(cholesky(stack)), strict=True):  # apart in one call, not one by one
+                inverses[place] = WoodburyInverse(estimates[place].factors, factor, float(dampings[place]))
         return inverses
 
     def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
@@ -215,4 +213,4 @@ def kernel_solutions(factors: Sequence[Array], rhs: Sequence[Array]) -> list[Arr
         return [cholesky_solve(factor, one) for factor, one in zip(factors, rhs, strict=True)]
     xp = namespace(rhs[0])
     solutions = cholesky_solve(xp.stack(list(factors)), xp.stack(list(rhs))[:, :, None])
-    return [solutions[number, :, 0] for number in range(len(factors))]
+    return list(solutions[:, :, 0])
