@@ -73,8 +73,6 @@ class Scaled(Factors):
         return self.base.rmatvec(weights * self.scale)
 
     def combined(self, weights: Array, other: Factors, other_weights: Array) -> dict[str, Array]:
-        if isinstance(other, Scaled):
-            return self.base.combined(weights * self.scale, other.base, other_weights * other.scale)
         return self.base.combined(weights * self.scale, other, other_weights)
 
     def same_inputs(self, other: Factors) -> bool:

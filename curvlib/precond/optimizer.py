@@ -279,9 +279,10 @@ class NaturalGradient(Deferring):
         check_directions(looked, others, self.steps, cause=self._check_finite, later=waiting)
         if self._fused:
             alike = self.fisher.needs_backward  # the loss's rows are the curvature's
+            # Where every step takes curvature there is nothing to tell apart.
             every, some = (
-                gaining(self._blocks, renewal.solvers, factors, together and alike, together)
-                for together in (self._always, self._at_once)
+                gaining(self._blocks, renewal.solvers, factors, together and alike, together) if asked else []
+                for together, asked in ((self._always, True), (self._at_once, not self._always))
             )
             self._capture.hand_over(every, with_curvature=some)
         return curvature, natural

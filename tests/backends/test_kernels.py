@@ -98,7 +98,7 @@ def test_symmetric_products(library, threads, n, d, order):
     matrix, other = np.asarray(numbers(n, d), order=order), numbers(n, 5)
     gram = matrix @ matrix.T
     found = read(arrays.self_product(make(matrix)))
-    np.testing.assert_allclose(found, gram, atol=1e-11)
+    np.testing.assert_allclose(found, gram, atol=1e-12)
     for shift in (0.0, 1.0):
         found = read(arrays.hadamard_gram(make(matrix), make(other), shift))
         np.testing.assert_allclose(found, (gram + shift) * (other @ other.T), atol=1e-10)
