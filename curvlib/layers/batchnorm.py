@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from curvlib.errors import CaptureError
 from curvlib.factors import Dense
+from curvlib.layers.channels import batch_rows, channel_rows
 from curvlib.layers.linear import trainable
-from curvlib.layers.normalization import channel_rows
 from curvlib.layers.registry import register
 
 __all__ = ["batch_norm", "uses_batch_statistics"]
@@ -68,7 +68,7 @@ def batch_norm(layer: Any, x: Tensor, g: Tensor) -> Dense:
             "SyncBatchNorm in training mode normalises by the batches of all processes, and one process has no exact "
             "rows for it: use BatchNorm, put it in eval mode, or freeze its weight"
         )
-    return channel_rows(functional.batch_norm(x, None, None, training=True, eps=layer.eps), g, weight, bias)
+    return batch_rows(x, g, layer.eps, weight, bias)
 
 
 def _processes() -> int:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curvlib.factors import Dense
+from curvlib.layers.channels import channel_rows
 from curvlib.layers.linear import trainable
 from curvlib.layers.registry import register
 
-__all__ = ["channel_rows", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+__all__ = ["group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 
 @register(nn.LayerNorm, columns=True, positionwise=True, kronecker=False)
@@ -73,29 +74,6 @@ def instance_norm(layer: Any, x: Tensor, g: Tensor) -> Dense:
         mean, var = layer.running_mean.to(x.dtype), layer.running_var.to(x.dtype)
         normalized = functional.instance_norm(x, mean, var, use_input_stats=False, eps=layer.eps)
     return channel_rows(normalized, g, weight, bias)
-
-
-def channel_rows(normalized: Tensor | None, g: Tensor, weight: str | None, bias: str | None) -> Dense:
-    """Rows of a gain and a shift for each channel.
-
-    Parameters
-    ----------
-    normalized
-        What the gain multiplies, shape ``(n, channels, *positions)``; None where `weight` is.
-    g
-        Shape ``(n, columns, channels, *positions)``.
-    weight, bias
-        Names of the parameters, None for one that is frozen or missing.
-    """
-    n, columns, channels = g.shape[:3]
-    g = g.reshape(n, columns, channels, -1)
-    values = {}
-    if weight is not None and normalized is not None:
-        # A dot product for each sample and channel, without a product as large as g.
-        values[weight] = torch.einsum("nkcr,ncr->nkc", g, normalized.reshape(n, channels, -1)).flatten(0, 1)
-    if bias is not None:
-        values[bias] = g.sum(dim=3).flatten(0, 1)
-    return Dense(values)
 
 
 def _feature_rows(

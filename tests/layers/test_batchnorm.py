@@ -9,6 +9,7 @@ from torch.nn import functional
 import curvlib
 from curvlib.errors import CaptureError
 from curvlib.layers import fallback, register
+from curvlib.layers.channels import batch_rows
 
 INPUTS = {
     "vectors": (nn.BatchNorm1d, numbers(5, 3)),
@@ -16,6 +17,9 @@ INPUTS = {
     "images": (nn.BatchNorm2d, numbers(5, 3, 2, 4)),
     "images, channels_last": (nn.BatchNorm2d, numbers(5, 3, 2, 4).to(memory_format=torch.channels_last)),
     "volumes": (nn.BatchNorm3d, numbers(5, 3, 2, 2, 1)),
+    "larger images": (nn.BatchNorm2d, numbers(5, 3, 4, 5)),
+    "larger images, channels_last": (nn.BatchNorm2d, numbers(5, 3, 4, 5).to(memory_format=torch.channels_last)),
+    "larger volumes": (nn.BatchNorm3d, numbers(5, 3, 2, 3, 4)),
 }
 FISHERS = (curvlib.Exact(), curvlib.Sampled(samples=2), curvlib.Empirical())
 
@@ -52,6 +56,31 @@ def test_batch_statistics(name, options, training):
     g = cotangents.reshape(2, 5, 3, -1) * slope
     rows = torch.cat([(g * normalized).sum(3), g.sum(3)], dim=2).transpose(0, 1).flatten(0, 1)
     check_algebra(factors, rows)
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 1e3, 1e5])
+def test_sums_around_a_mean_far_from_zero_are_as_exact_as_batch_norm_itself(offset):
+    x, g = offset + numbers(8, 3, 5, 7), numbers(8, 2, 3, 5, 7)
+
+    def normalized(x):
+        return functional.batch_norm(x, None, None, training=True, eps=1e-5)
+
+    truth = torch.einsum("nkcij,ncij->nkc", g, normalized(x)).flatten(0, 1)
+    torch.testing.assert_close(batch_rows(x, g, 1e-5, "weight", None).values["weight"], truth, rtol=1e-8, atol=1e-8)
+    x, g = x.float(), g.float()
+    truth = torch.einsum("nkcij,ncij->nkc", g.double(), normalized(x.double())).flatten(0, 1)
+    theirs = torch.einsum("nkcij,ncij->nkc", g, normalized(x)).flatten(0, 1)
+    rows = batch_rows(x, g, 1e-5, "weight", None).values["weight"]
+    assert rows.dtype == torch.float32
+    assert torch.linalg.norm(rows - truth) <= 2 * torch.linalg.norm(theirs - truth) + 1e-6 * torch.linalg.norm(truth)
+
+
+def test_a_channel_without_variance_has_finite_rows():
+    x = torch.full((4, 2, 3, 6), 7.0)
+    x[:, 1] = numbers(4, 3, 6).float()
+    rows = batch_rows(x, numbers(4, 1, 2, 3, 6).float(), 1e-5, "weight", "bias").values["weight"]
+    assert rows.isfinite().all()
+    assert rows[:, 0].abs().max() < 1e-2
 
 
 class Block(nn.Module):
