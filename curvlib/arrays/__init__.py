@@ -20,7 +20,7 @@ from curvlib.arrays.linalg import (
     widen,
 )
 from curvlib.arrays.namespace import Array, Vector, contract, device, dot, kernels, namespace, nbytes, same
-from curvlib.arrays.state import TRANSIENT, map_arrays, pack, record, unpack
+from curvlib.arrays.state import TRANSIENT, altered, map_arrays, pack, record, unpack
 
 __all__ = [
     "TRANSIENT",
@@ -28,6 +28,7 @@ __all__ = [
     "Deferred",
     "Vector",
     "add_diagonal",
+    "altered",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",

@@ -15,7 +15,7 @@ from curvlib.arrays.namespace import Array
 from curvlib.errors import CurvatureError
 from curvlib.hyperparameters import check_fields
 
-__all__ = ["TRANSIENT", "map_arrays", "pack", "record", "unpack"]
+__all__ = ["TRANSIENT", "altered", "map_arrays", "pack", "record", "unpack"]
 
 TRANSIENT = {"transient": True}
 """Metadata of a field that is no state: `pack` leaves it out, and it takes its default when unpacked."""
@@ -29,6 +29,21 @@ def record(cls: type[T]) -> type[T]:
     """Class decorator: a dataclass that `pack` and `unpack` know by its qualified name."""
     _RECORDS[_name(cls)] = cls
     return cls
+
+
+def altered(instance: T, **fields: Any) -> T:
+    """Return a copy of a frozen dataclass with other values of fields that need no check, without `__init__`.
+
+    Parameters
+    ----------
+    instance
+        Stays as it is. What it keeps beside its fields goes along, and must hold for the copy too.
+    **fields
+        By name.
+    """
+    made = object.__new__(type(instance))
+    vars(made).update(vars(instance), **fields)
+    return made
 
 
 def _name(cls: type) -> str:

@@ -78,6 +78,8 @@ def told_by(g: Tensor, axes: Sequence[int], samples: int, sample: int) -> list[i
 
 def samples_first(x: Tensor, g: Tensor, samples: int, axis: int) -> tuple[Tensor, Tensor]:
     """Input, and cotangents with columns in front, with the sample axis first (behind the columns)."""
+    if axis == 0:
+        return x, g
     if axis == ALONE:
         return x.expand(samples, *x.shape), g
     if axis == MERGED:

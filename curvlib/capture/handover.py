@@ -113,7 +113,7 @@ class Withholding:
 
     def add(self, block: Block, always: bool) -> None:
         """Treat a block's module so, if it can be."""
-        if not can_withhold(block):
+        if block.name in (self.always if always else self.names) or not can_withhold(block):
             return
         if always:
             self.always.add(block.name)
@@ -175,9 +175,10 @@ def can_withhold(block: Block) -> bool:
     if len(block.uses) != 1:
         return False
     module, adapter = block.uses[0].module, block.uses[0].adapter
-    own = dict(module.named_parameters(recurse=False))
-    plain = all(any(p is mine for mine in own.values()) for p in block.parameters.values())
-    return plain and not adapter.whole_call and adapter.closed_form and not adapter.couples(module)
+    if adapter.whole_call or not adapter.closed_form or adapter.couples(module):
+        return False
+    own = {id(p) for p in module._parameters.values()}
+    return all(id(p) in own for p in block.parameters.values())
 
 
 class _Root(torch.autograd.Function):

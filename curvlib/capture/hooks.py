@@ -252,10 +252,10 @@ class Capture:
             if self._current is None or not self._listening() or not (handed or self._current.armed):
                 return None
             results = tensors(output)
-            needed = sum(tensor.requires_grad for tensor in results)
+            needed = [tensor for tensor in results if tensor.requires_grad]
             if not needed:
                 return None
-            if needed > 1:
+            if len(needed) > 1:
                 # One output may be made of another, as the hidden state of an LSTM cell is of its cell state. What
                 # arrives at the other one would hold that too; at a copy it is the cotangent alone.
                 output = mapped(lambda tensor: tensor.clone() if tensor.requires_grad else tensor, output)

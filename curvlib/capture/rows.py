@@ -33,8 +33,10 @@ class Place:
         whole = base is not None and base.requires_grad and base.numel() == output.numel()
         self.tensor = base if whole and base is not None else output
         self.shape = tuple(output.shape)
-        self._layout = (output.stride(), output.storage_offset() - self.tensor.storage_offset()) if whole else None
-        self._base_layout = (tuple(self.tensor.shape), self.tensor.stride())
+        self._layout: tuple[Any, ...] | None = None
+        if whole:
+            offset = output.storage_offset() - self.tensor.storage_offset()
+            self._layout = (tuple(self.tensor.shape), self.tensor.stride()), output.stride(), offset
 
     def release(self) -> GradientEdge:
         """Return the edge into the graph, and let the tensor go."""
@@ -46,8 +48,8 @@ class Place:
         """Cotangent of the output from the gradient that arrived at its place."""
         if self._layout is None:
             return gradient
-        stride, offset = self._layout
-        laid_out = torch.empty_strided(*self._base_layout, dtype=gradient.dtype, device=gradient.device)
+        of_base, stride, offset = self._layout
+        laid_out = torch.empty_strided(*of_base, dtype=gradient.dtype, device=gradient.device)
         return laid_out.copy_(gradient).as_strided(self.shape, stride, offset)
 
 
@@ -255,7 +257,7 @@ def _rows(block: Block, use: Use, number: int, call: Record, current: Pass) -> F
             )
         x, g = samples_first(x, g, samples, call.axis)
         if adapter.columns:
-            factors = run(x, g.movedim(0, 1), samples * columns)
+            factors = run(x, g.transpose(0, 1), samples * columns)
         else:
             factors = stack_columns([run(x, one, samples) for one in g])
     if any(inner != outer for inner, outer in use.names.items()):
@@ -357,12 +359,19 @@ def _check_rows(factors: Any, use: Use, rows: int, like: Tensor, where: str) -> 
         raise CaptureError(f"{where} returned {type(factors).__name__}; an adapter returns Factors")
     if len(factors) != rows:
         raise CaptureError(f"{where} returned {len(factors)} rows where the batch has {rows}")
-    expected = {name: tuple(p.shape) for name, p in use.module.named_parameters() if name in use.names}
-    if factors.shapes != expected and sorted(factors.shapes.items()) != sorted(expected.items()):
-        raise CaptureError(f"{where} returned rows for parameters {factors.shapes}; the trainable ones are {expected}")
-    weights = factors.row_weights(1.0)
-    if weights.dtype != like.dtype or weights.device != like.device:
+    shapes, expected = factors.shapes, _shapes(use)
+    if shapes != expected:
+        raise CaptureError(f"{where} returned rows for parameters {shapes}; the trainable ones are {expected}")
+    one = factors.like
+    if one.dtype != like.dtype or one.device != like.device:
         raise CaptureError(
-            f"{where} returned rows of {weights.dtype} on {weights.device}; its cotangents are {like.dtype} on "
-            f"{like.device}"
+            f"{where} returned rows of {one.dtype} on {one.device}; its cotangents are {like.dtype} on {like.device}"
         )
+
+
+def _shapes(use: Use) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter that the rows of a use are of."""
+    own = use.module._parameters
+    if all(name in own for name in use.names):
+        return {name: tuple(p.shape) for name in use.names if (p := own[name]) is not None}
+    return {name: tuple(p.shape) for name, p in use.module.named_parameters() if name in use.names}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import Self
 
-from curvlib.arrays import Array, Vector, map_arrays, nbytes, record
+from curvlib.arrays import Array, Vector, altered, device, map_arrays, namespace, nbytes, record
 from curvlib.errors import ConfigurationError
 from curvlib.factors.kronecker import KroneckerLayout, KroneckerPair, KroneckerRows, rotated_row_squares
 
@@ -75,6 +75,11 @@ class Factors(ABC):
         return len(self) if self.samples is None else self.samples
 
     @property
+    def like(self) -> Array:
+        """One of the arrays, any that tells the factors' library, dtype and device."""
+        return self.dense().like
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the arrays held."""
         total = 0
@@ -94,7 +99,8 @@ class Factors(ABC):
 
     def row_weights(self, value: float) -> Array:
         """Row weights that are all `value`, shape ``(rows,)``, of the factors' library, dtype and device."""
-        return self.dense().row_weights(value)
+        like = self.like
+        return namespace(like).full((len(self),), value, dtype=like.dtype, device=device(like))
 
     # -- algebra ------------------------------------------------------------------------------------------------------
 
@@ -237,7 +243,7 @@ class Factors(ABC):
 
     def with_samples(self, samples: int) -> Self:
         """Return the same rows, standing for `samples` observations."""
-        return dataclasses.replace(self, samples=samples)
+        return altered(self, samples=samples)
 
     def renamed(self, names: Mapping[str, str]) -> Factors:
         """Return the same rows with parameters renamed."""

@@ -73,8 +73,9 @@ class Sum(Factors):
                 values[name] = values[name] + rows if name in values else rows
         return Dense({name: values[name] for name in self.shapes}, samples=self.samples)
 
-    def row_weights(self, value: float) -> Array:
-        return self.terms[0].row_weights(value)
+    @property
+    def like(self) -> Array:
+        return self.terms[0].like
 
     def gram(self) -> Array:
         total: Array = 0

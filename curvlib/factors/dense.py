@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from curvlib.arrays import Array, Vector, device, matrix_vector, namespace, self_product
+from curvlib.arrays import Array, Vector, matrix_vector, namespace, self_product
 from curvlib.errors import ConfigurationError
 from curvlib.factors.base import Factors, joint_samples
 
@@ -41,11 +41,11 @@ class Dense(Factors):
 
     def __init__(self, values: Mapping[str, Array] | None = None, samples: int | None = None, **named: Array) -> None:
         merged = {**(values or {}), **named}
-        lengths = {name: int(array.shape[0]) if array.ndim else -1 for name, array in merged.items()}
-        if not merged or len(set(lengths.values())) != 1 or -1 in lengths.values():
+        lengths = [int(array.shape[0]) if array.ndim else -1 for array in merged.values()]
+        if not lengths or lengths.count(lengths[0]) != len(lengths) or lengths[0] < 0:
             raise ConfigurationError(
                 f"Dense needs one array of shape (rows, *parameter shape) for each parameter, all with the same number "
-                f"of rows; the leading sizes given are {lengths}"
+                f"of rows; the leading sizes given are {dict(zip(merged, lengths, strict=True))}"
             )
         object.__setattr__(self, "values", merged)
         object.__setattr__(self, "samples", samples)
@@ -65,13 +65,14 @@ class Dense(Factors):
     def __len__(self) -> int:
         return int(next(iter(self.values.values())).shape[0])
 
-    def row_weights(self, value: float) -> Array:
-        return full_rows(next(iter(self.values.values())), len(self), value)
+    @property
+    def like(self) -> Array:
+        return next(iter(self.values.values()))
 
     def gram(self) -> Array:
         total = None
         for array in self.values.values():
-            product = self_product(array.reshape(len(self), -1))
+            product = self_product(array.reshape(array.shape[0], -1))
             total = product if total is None else total + product
         return total
 
@@ -87,13 +88,13 @@ class Dense(Factors):
     def matvec(self, vector: Vector) -> Array:
         total = None
         for name, array in self.values.items():
-            product = matrix_vector(array.reshape(len(self), -1), vector[name].reshape(-1))
+            product = matrix_vector(array.reshape(array.shape[0], -1), vector[name].reshape(-1))
             total = product if total is None else total + product
         return total
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:
         return {
-            name: matrix_vector(array.reshape(len(self), -1).T, weights).reshape(array.shape[1:])
+            name: matrix_vector(array.reshape(array.shape[0], -1).T, weights).reshape(array.shape[1:])
             for name, array in self.values.items()
         }
 
@@ -132,16 +133,8 @@ class Dense(Factors):
     def portable(self) -> Dense:
         return self
 
-    def with_samples(self, samples: int) -> Dense:
-        return Dense(self.values, samples=samples)
-
     def renamed(self, names: Mapping[str, str]) -> Dense:
         return Dense({names.get(name, name): array for name, array in self.values.items()}, samples=self.samples)
-
-
-def full_rows(like: Array, rows: int, value: float) -> Array:
-    """Array of shape ``(rows,)`` filled with `value`, of the library, dtype and device of `like`."""
-    return namespace(like).full(rows, value, dtype=like.dtype, device=device(like))
 
 
 def spread(scale: Array | float, shape: tuple[int, ...], ndim: int) -> Array | float:

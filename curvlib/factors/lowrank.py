@@ -10,7 +10,7 @@ from curvlib.arrays import Array, Vector, contract, device, eigh, namespace
 from curvlib.errors import ConfigurationError
 from curvlib.factors.base import Factors, joint_samples
 from curvlib.factors.combine import cat
-from curvlib.factors.dense import Dense, full_rows, spread
+from curvlib.factors.dense import Dense, spread
 
 __all__ = ["LowRank", "truncated"]
 
@@ -53,8 +53,9 @@ class LowRank(Factors):
     def __len__(self) -> int:
         return int(self.left.shape[0])
 
-    def row_weights(self, value: float) -> Array:
-        return full_rows(self.left, len(self), value)
+    @property
+    def like(self) -> Array:
+        return self.left
 
     def gram(self) -> Array:
         return self.left @ self.basis.gram() @ self.left.T

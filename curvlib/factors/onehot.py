@@ -11,7 +11,7 @@ from curvlib.arrays import Array, Vector, contract, device, equal_pairs, index_a
 from curvlib.errors import ConfigurationError
 from curvlib.factors import cost
 from curvlib.factors.base import Factors, Sharing, joint_samples
-from curvlib.factors.dense import Dense, full_rows, spread
+from curvlib.factors.dense import Dense, spread
 from curvlib.factors.kronecker import KroneckerLayout, KroneckerRows
 from curvlib.factors.outer import OuterProduct
 from curvlib.factors.shared import SharedOuter
@@ -82,8 +82,9 @@ class OneHotOuter(Factors):
         n, columns, positions, d = (int(size) for size in self.cotangents.shape)
         return cost.Sizes(n, columns, positions, 1, 1, d)
 
-    def row_weights(self, value: float) -> Array:
-        return full_rows(self.cotangents, len(self), value)
+    @property
+    def like(self) -> Array:
+        return self.cotangents
 
     # -- Grams --------------------------------------------------------------------------------------------------------
 

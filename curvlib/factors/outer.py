@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from curvlib.arrays import TRANSIENT, Array, Vector, contract, hadamard_gram, namespace, same, self_product
 from curvlib.errors import ConfigurationError
 from curvlib.factors.base import Factors, Sharing, joint_samples
-from curvlib.factors.dense import Dense, full_rows, spread
+from curvlib.factors.dense import Dense, spread
 from curvlib.factors.kronecker import KroneckerLayout, KroneckerRows
 from curvlib.factors.scaled import Scaled
 from curvlib.factors.shared import SharedOuter, rename
@@ -84,8 +84,9 @@ class OuterProduct(Factors):
     def outer_sizes(self) -> tuple[int, int, int]:
         return len(self), int(self.inputs.shape[1]), int(self.cotangents.shape[2])
 
-    def row_weights(self, value: float) -> Array:
-        return full_rows(self.cotangents, len(self), value)
+    @property
+    def like(self) -> Array:
+        return self.cotangents
 
     def gram(self) -> Array:
         if self.weight is None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from curvlib.arrays import Array, Vector
+from curvlib.arrays import Array, Vector, altered
 from curvlib.factors.base import Factors, Sharing, joint_samples
 from curvlib.factors.dense import Dense
 from curvlib.factors.kronecker import KroneckerLayout, KroneckerPair, KroneckerRows
@@ -53,8 +53,9 @@ class Scaled(Factors):
     def outer_sizes(self) -> tuple[int, int, int] | None:
         return self.base.outer_sizes
 
-    def row_weights(self, value: float) -> Array:
-        return self.base.row_weights(value)
+    @property
+    def like(self) -> Array:
+        return self.base.like
 
     def gram(self) -> Array:
         gram = self.base.gram()
@@ -79,7 +80,7 @@ class Scaled(Factors):
         return self.base.same_inputs(other)
 
     def remembering(self) -> Scaled:
-        return dataclasses.replace(self, base=self.base.remembering())
+        return altered(self, base=self.base.remembering())
 
     def covariance(self) -> Array:
         return self.base.covariance() * self.scale**2
@@ -129,7 +130,7 @@ class Scaled(Factors):
 
     def compact(self) -> Factors:
         base = self.base.compact()
-        return self if base is self.base else dataclasses.replace(self, base=base)
+        return self if base is self.base else altered(self, base=base)
 
     def portable(self) -> Scaled:
         return dataclasses.replace(self, base=self.base.portable())
@@ -139,7 +140,7 @@ class Scaled(Factors):
         return self.base.route
 
     def planned(self, plan: BlockPlan) -> Scaled:
-        return dataclasses.replace(self, base=self.base.planned(plan))
+        return altered(self, base=self.base.planned(plan))
 
     def renamed(self, names: Mapping[str, str]) -> Scaled:
         return dataclasses.replace(self, base=self.base.renamed(names))

@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from curvlib.arrays import TRANSIENT, Array, Vector, contract, namespace
+from curvlib.arrays import TRANSIENT, Array, Vector, altered, contract, namespace
 from curvlib.errors import ConfigurationError
 from curvlib.factors import cost
 from curvlib.factors.base import Factors, Sharing, joint_samples
-from curvlib.factors.dense import Dense, full_rows, spread
+from curvlib.factors.dense import Dense, spread
 from curvlib.factors.kronecker import KroneckerLayout, KroneckerRows, rotated_row_squares
 from curvlib.factors.plan import BlockPlan
 
@@ -69,8 +69,13 @@ class SharedOuter(Factors):
     def dense(self) -> Dense:
         values = {}
         if self.weight is not None:
-            rows = contract("ncrgo,nrgi->ncgoi", self.cotangents, self.inputs)
-            values[self.weight] = rows.reshape(len(self), *self.weight_shape)
+            n, columns, positions, groups, d_out = self.cotangents.shape
+            if columns == groups == 1:  # as the contraction ends up doing, which takes longer to find that out
+                g, a = self.cotangents.reshape(n, positions, d_out), self.inputs.reshape(n, positions, -1)
+                rows = g.swapaxes(1, 2) @ a
+            else:
+                rows = contract("ncrgo,nrgi->ncgoi", self.cotangents, self.inputs)
+            values[self.weight] = rows.reshape(n * columns, *self.weight_shape)
         if self.bias is not None:
             values[self.bias] = self.cotangents.sum(axis=2).reshape(len(self), -1)
         return Dense(values, samples=self.samples)
@@ -87,11 +92,12 @@ class SharedOuter(Factors):
     @property
     def sizes(self) -> cost.Sizes:
         """The sizes that decide which route is cheapest."""
-        n, columns, positions, groups, d_out = (int(size) for size in self.cotangents.shape)
-        return cost.Sizes(n, columns, positions, groups, int(self.inputs.shape[3]), d_out)
+        n, columns, positions, groups, d_out = self.cotangents.shape
+        return cost.Sizes(n, columns, positions, groups, self.inputs.shape[3], d_out)
 
-    def row_weights(self, value: float) -> Array:
-        return full_rows(self.cotangents, len(self), value)
+    @property
+    def like(self) -> Array:
+        return self.cotangents
 
     def gram(self) -> Array:
         default = "pairs" if cost.pairs_beat_rows(self.sizes, self.sizes) else "rows"
@@ -298,7 +304,7 @@ class SharedOuter(Factors):
         return f"Gram over {gram}, keeps {self._keeps()}"
 
     def planned(self, plan: BlockPlan) -> SharedOuter:
-        return dataclasses.replace(self, plan=plan)
+        return altered(self, plan=plan)
 
     def portable(self) -> SharedOuter:
         return self

@@ -190,9 +190,9 @@ class LazyRows(Factors):
     def __len__(self) -> int:
         return int(self.batch[0].shape[0]) * self.columns
 
-    def row_weights(self, value: float) -> Tensor:
-        first = next(iter(self.params.values()))
-        return torch.full((len(self),), value, dtype=first.dtype, device=first.device)
+    @property
+    def like(self) -> Tensor:
+        return next(iter(self.params.values()))
 
     def dense(self) -> Dense:
         def row(params: Mapping[str, Tensor], *sample: Tensor) -> Tensor:

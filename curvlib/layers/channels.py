@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -55,30 +57,42 @@ def batch_rows(x: Tensor, g: Tensor, eps: float, weight: str, bias: str | None) 
         As in `channel_rows`.
     """
     n, channels = x.shape[:2]
-    positions = x[0, 0].numel()
+    positions = math.prod(x.shape[2:])
     if positions < _FEWEST_POSITIONS or x.device.type != "cpu" or not x.is_contiguous() or is_compiling():
         normalized = torch.nn.functional.batch_norm(x, None, None, training=True, eps=eps)
         return channel_rows(normalized, g, weight, bias)
     x, columns = x.reshape(1, n * channels, positions), [one.reshape(1, n * channels, positions) for one in g.unbind(1)]
-    middle = x.reshape(n, channels, positions).sum(dim=2).sum(dim=0) / (n * positions)
-    centre = middle.repeat(n)
-    # Sums around a point near the mean, as those around zero cancel where the mean is large.
-    (linear, _), (times_x, _) = (_centred_sums(one, x, centre) for one in (torch.ones_like(x), x))
-    total = linear.reshape(n, channels).sum(dim=0, dtype=torch.float64)
-    squares = times_x.reshape(n, channels).sum(dim=0, dtype=torch.float64) - middle * total
-    mean = total / (n * positions)
-    scale = (squares / (n * positions) - mean * mean).clamp_min(0).add(eps).rsqrt()
-    made = [[rows.reshape(n, channels) for rows in _centred_sums(column, x, centre)] for column in columns]
-    values = {weight: torch.stack([(products - mean * sums) * scale for products, sums in made], dim=1).to(x.dtype)}
-    if bias is not None:
-        values[bias] = torch.stack([sums for _, sums in made], dim=1)
-    return Dense({name: rows.flatten(0, 1) for name, rows in values.items()})
-
-
-def _centred_sums(g: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """``Σ g (x - centre)`` and ``Σ g`` over the last axis, shape ``(rows,)``, of tensors of shape ``(1, rows, r)``."""
+    mean = x.reshape(n, channels, positions).sum(dim=(0, 2)) / (n * positions)
+    centre = mean.expand(n, channels).reshape(-1)
     one = torch.ones_like(centre)
+    # Sums around the mean, as those around zero cancel where it is large: of x - m, and of (x - m) x.
+    linear, _ = _centred_sums(torch.ones_like(x), x, centre, one)
+    times_x, _ = _centred_sums(x, x, centre, one)
+    squares = (times_x - centre * linear).reshape(n, channels).sum(dim=0, dtype=torch.float64)
+    scale = (squares / (n * positions)).clamp_min_(0).add_(eps).rsqrt_().to(x.dtype).expand(n, channels).reshape(-1)
+    made = [_centred_sums(column, x, centre, scale) for column in columns]
+    values = {weight: _by_row([products for products, _ in made], channels)}
+    if bias is not None:
+        values[bias] = _by_row([sums for _, sums in made], channels)
+    return Dense(values)
+
+
+def _centred_sums(g: Tensor, x: Tensor, centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``scale · Σ g (x - centre)`` and ``Σ g`` over the last axis, for tensors of shape ``(1, rows, r)``.
+
+    Returns
+    -------
+    tuple
+        Two tensors of the shape of `centre` and `scale`, ``(rows,)``.
+    """
     _, products, sums = torch.ops.aten.native_batch_norm_backward(
-        g, x, None, None, None, centre, one, True, 0.0, [False, True, True]
+        g, x, None, None, None, centre, scale, True, 0.0, [False, True, True]
     )
     return products, sums
+
+
+def _by_row(columns: list[Tensor], channels: int) -> Tensor:
+    """Rows of a parameter from those of each column, samples before columns."""
+    if len(columns) == 1:
+        return columns[0].reshape(-1, channels)
+    return torch.stack([column.reshape(-1, channels) for column in columns], dim=1).flatten(0, 1)

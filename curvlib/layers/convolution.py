@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from curvlib.arrays import TRANSIENT, Array, Vector
+from curvlib.arrays import TRANSIENT, Array, Vector, altered
 from curvlib.factors import Dense, Factors, KroneckerLayout, KroneckerPair, KroneckerRows, Scaled, SharedOuter, cost
 from curvlib.factors.base import Sharing, joint_samples
-from curvlib.factors.dense import full_rows, spread
+from curvlib.factors.dense import spread
 from curvlib.factors.kronecker import bordered, rotated_row_squares
 from curvlib.factors.plan import BlockPlan
 from curvlib.factors.shared import rename
@@ -184,8 +184,9 @@ class ConvolutionFactors(Factors):
 
     # -- algebra ------------------------------------------------------------------------------------------------------
 
-    def row_weights(self, value: float) -> Array:
-        return full_rows(self.cotangents, len(self), value)
+    @property
+    def like(self) -> Array:
+        return self.cotangents
 
     def gram(self) -> Array:
         if self._gram_route() == "pairs":
@@ -356,7 +357,7 @@ class ConvolutionFactors(Factors):
         return f"rows by {self._rows_route()}, Gram over {gram}, keeps {self._keeps()}"
 
     def planned(self, plan: BlockPlan) -> ConvolutionFactors:
-        return dataclasses.replace(self, plan=plan)
+        return altered(self, plan=plan)
 
     def portable(self) -> SharedOuter:
         return self.patches()

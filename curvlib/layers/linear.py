@@ -38,7 +38,8 @@ def linear(layer: nn.Linear, x: Tensor, g: Tensor) -> Factors:
 
 def trainable(layer: nn.Module) -> tuple[str | None, str | None]:
     """Names of the weight and the bias, None for one that is frozen or missing."""
-    return tuple(  # type: ignore[return-value]  # a pair by construction
-        name if getattr(layer, name) is not None and getattr(layer, name).requires_grad else None
-        for name in ("weight", "bias")
+    weight, bias = layer.weight, layer.bias
+    return (
+        "weight" if weight is not None and weight.requires_grad else None,
+        "bias" if bias is not None and bias.requires_grad else None,
     )

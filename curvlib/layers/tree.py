@@ -38,12 +38,12 @@ def _gather(node: Any, found: list[Tensor]) -> None:
         found.append(node)
     elif isinstance(node, PackedSequence):
         found.append(node.data)
-    elif kind is tuple or kind is list:
-        for item in node:
-            _gather(item, found)
-    elif kind is dict:
-        for item in node.values():
-            _gather(item, found)
+    elif kind is tuple or kind is list or kind is dict:
+        for item in node.values() if kind is dict else node:
+            if isinstance(item, Tensor):
+                found.append(item)
+            else:
+                _gather(item, found)
     elif kind not in _PLAIN:
         for leaf in pytree.tree_leaves(node, is_leaf=_is_packed):
             if leaf is not node:
@@ -58,9 +58,9 @@ def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, PackedSequence):
         return PackedSequence(function(tree.data), tree.batch_sizes, tree.sorted_indices, tree.unsorted_indices)
     if kind is tuple or kind is list:
-        return kind(mapped(function, item) for item in tree)
+        return kind([function(item) if isinstance(item, Tensor) else mapped(function, item) for item in tree])
     if kind is dict:
-        return {key: mapped(function, item) for key, item in tree.items()}
+        return {key: mapped(function, item) for key, item in tree.items()} if tree else {}
     if kind in _PLAIN:
         return tree
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curvlib.arrays import Vector, deferred, dot, is_finite, map_arrays, namespace, record
+from curvlib.arrays import Vector, altered, deferred, dot, is_finite, map_arrays, namespace, record
 from curvlib.errors import CaptureError, CurvatureError
 from curvlib.factors import Factors
 from curvlib.layers import Block
@@ -184,7 +184,7 @@ class Renewal:
         if self.damping.needs_trace:
             trace = sum(float(value.sum()) for value in rows.diagonal().values()) / rows.normalizer
             mean = trace / rows.size
-        return replace(state, estimate=estimate, refreshed=step, mean_eigenvalue=mean)
+        return altered(state, estimate=estimate, refreshed=step, mean_eigenvalue=mean)
 
     def _factorized_all(self, waiting: Sequence[_Factorization], step: int) -> dict[str, BlockState]:
         """Factorise blocks of one solver together; where that fails, each by itself with all that can be tried."""
@@ -208,7 +208,7 @@ class Renewal:
             if self.later is not None and checks is not None:
                 self.later.factorizations.append((group, checks))
             for one, inverse in zip(group, inverses, strict=True):
-                result[one.block.name] = replace(one.state, inverse=inverse, damping=one.damping, factorized=step)
+                result[one.block.name] = altered(one.state, inverse=inverse, damping=one.damping, factorized=step)
         return result
 
     def _look_first(self) -> None:

@@ -223,6 +223,8 @@ def of_block(option: str, where: Mapping[str, tuple[int, ...]], groups: Sequence
     ConfigurationError
         If they say different things: a block has one curvature.
     """
+    if len(groups) == 1:
+        return dict.fromkeys(where, groups[0].get(option))
     result = {}
     for name, numbers in where.items():
         said = [groups[number].get(option) for number in numbers]
