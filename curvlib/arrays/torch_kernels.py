@@ -134,9 +134,12 @@ def self_product(matrix: Tensor) -> Tensor:
         return matrix @ matrix.T
     if n <= _SPLIT_UP_TO and d >= 4 * _PART:
         # A flat product is cut along its short sides by BLAS; cut along the long one, its parts stay in the cache.
-        whole = d - d % _PART
-        parts = matrix[:, :whole].reshape(n, -1, _PART).transpose(0, 1)
-        total: Tensor = torch.bmm(parts, parts.mT).sum(0)
+        width = _part(d)
+        whole = d - d % width
+        parts = matrix[:, :whole].reshape(n, -1, width).transpose(0, 1)
+        products = torch.bmm(parts, parts.mT).view(len(parts), -1)
+        # As a product, since a sum of so few would wake another thread for its half.
+        total: Tensor = (products.new_ones(len(parts)) @ products).view(n, n)
         return total if whole == d else total + matrix[:, whole:] @ matrix[:, whole:].T
     if is_compiling() or matrix.requires_grad:
         return matrix @ matrix.T
@@ -148,6 +151,12 @@ def self_product(matrix: Tensor) -> Tensor:
     # BLAS does not find the best cut of small products; torch gives one product of a batch to each thread.
     both = matrix.view(threads, -1, d), matrix.T.expand(threads, d, n)
     return torch.bmm(*both).flatten(0, 1)
+
+
+def _part(d: int) -> int:
+    """Width of the parts that d columns are cut into; without a rest, if they need not be twice as wide for that."""
+    most = d // _PART
+    return next((d // parts for parts in range(most, most // 2, -1) if d % parts == 0), _PART)
 
 
 def hadamard_gram(first: Tensor, second: Tensor, shift: float) -> Tensor:

@@ -260,18 +260,18 @@ class Capture:
                 # arrives at the other one would hold that too; at a copy it is the cotangent alone.
                 output = mapped(lambda tensor: tensor.clone() if tensor.requires_grad else tensor, output)
                 results = tensors(output)
+            args, kwargs = mapped(Tensor.detach, (args, kwargs))
             inputs = tensors((args, kwargs))
             if use.adapter.positionwise and all(tensor.shape[:1] == (1,) for tensor in (*inputs, *results)):
                 # One row for all samples (positions, say): broadcast here, so that every sample has its own cotangent.
                 one_each = partial(spread, samples=max(self._current.expected, 1))
                 output, args, kwargs = mapped(one_each, (output, args, kwargs))
-                results = tensors(output)
-            args, kwargs = mapped(Tensor.detach, (args, kwargs))
+                results, inputs = tensors(output), tensors((args, kwargs))
             places = [Place(tensor) if tensor.requires_grad else None for tensor in results]
             call = Record(
                 args,
                 kwargs,
-                versions=[(tensor.detach(), tensor._version) for tensor in inputs],
+                inputs=[(tensor, tensor._version) for tensor in inputs],
                 places=places,
                 edges=[],
                 cotangents=[None] * len(results),
@@ -282,10 +282,11 @@ class Capture:
             # One record serves both where the loss's own rows are the curvature's.
             both = curvature and self.fisher.needs_backward
             of_loss = call if both or not curvature else replace(call, cotangents=[None] * len(results))
+            followed = curvature and (self._unchecked or not both)  # whether cotangents will be sent there
             for index, place in enumerate(places):
                 if place is not None and (handed or both):
                     place.tensor.register_hook(self._keeper(of_loss, index))  # type: ignore[no-untyped-call]  # in torch
-                call.edges.append(None if place is None else place.release())
+                call.edges.append(None if place is None else place.release(followed))
             if curvature:
                 self._current.records.setdefault(use, []).append(call)
             if handed:

@@ -16,7 +16,7 @@ from curvlib.errors import CaptureError, CurvatureError
 from curvlib.factors import Factors, cat
 from curvlib.factors.combine import stack_columns
 from curvlib.layers import Block, Call, Use
-from curvlib.layers.tree import mapped, tensors, wide
+from curvlib.layers.tree import mapped, wide
 
 __all__ = ["Edge", "Pass", "Place", "Record", "block_factors", "gradients", "joined", "pull_back"]
 
@@ -38,9 +38,9 @@ class Place:
             offset = output.storage_offset() - self.tensor.storage_offset()
             self._layout = (tuple(self.tensor.shape), self.tensor.stride()), output.stride(), offset
 
-    def release(self) -> GradientEdge:
-        """Return the edge into the graph, and let the tensor go."""
-        edge = get_gradient_edge(self.tensor)
+    def release(self, followed: bool) -> GradientEdge | None:
+        """Let the tensor go, and return the edge into the graph if it is to be followed."""
+        edge = get_gradient_edge(self.tensor) if followed else None
         del self.tensor
         return edge
 
@@ -59,9 +59,9 @@ class Record:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    versions: list[tuple[Tensor, int]]
+    inputs: list[tuple[Tensor, int]]  # all in args and kwargs, and which version they were
     places: list[Place | None]  # one an output tensor, None where it needs no gradient
-    edges: list[GradientEdge | None]
+    edges: list[GradientEdge | None]  # None also where nothing will be sent there
     cotangents: list[Tensor | None]  # shape (columns, *output)
     coupled: bool = False  # whether the module made samples depend on each other
     positionwise: bool = False  # whether the module acts on the last axis alone
@@ -71,14 +71,13 @@ class Record:
 
     def shapes(self) -> tuple[Sequence[int], Sequence[int]] | None:
         """Shapes of input and output, if there is one of each."""
-        inputs = tensors((self.args, self.kwargs))
-        if len(inputs) != 1 or len(self.places) != 1 or self.places[0] is None:
+        if len(self.inputs) != 1 or len(self.places) != 1 or self.places[0] is None:
             return None
-        return inputs[0].shape, self.places[0].shape
+        return self.inputs[0][0].shape, self.places[0].shape
 
     def forget(self) -> None:
         """Let go of what the rows were made of."""
-        self.args, self.kwargs, self.versions = (), {}, []
+        self.args, self.kwargs, self.inputs = (), {}, []
         self.cotangents = [None] * len(self.cotangents)
 
     def arrived(self, index: int, gradients: Sequence[Tensor | None]) -> None:
@@ -203,7 +202,7 @@ def _rows(block: Block, use: Use, number: int, call: Record, current: Pass) -> F
     """Let a use's adapter turn one recorded call into rows, and check what it returns."""
     samples = current.samples
     where = f"block {block.name!r} ({type(use.module).__name__}, adapter {use.adapter.name})"
-    if any(tensor._version != version for tensor, version in call.versions):
+    if any(tensor._version != version for tensor, version in call.inputs):
         raise CaptureError(
             f"{where}: its input was changed in place after the call, so its rows cannot be formed; "
             "make the operation that changes it out of place"
@@ -345,13 +344,12 @@ def gradients(
 
 
 def _single(call: Record, cotangents: tuple[Tensor | None, ...], where: str) -> tuple[Tensor, Tensor]:
-    inputs = tensors((call.args, call.kwargs))
-    if len(inputs) != 1 or len(cotangents) != 1:
+    if len(call.inputs) != 1 or len(cotangents) != 1:
         raise CaptureError(
-            f"{where}: the call had {len(inputs)} input tensors and {len(cotangents)} output tensors, and the adapter "
-            "takes one of each; register it with whole_call=True to see them all"
+            f"{where}: the call had {len(call.inputs)} input tensors and {len(cotangents)} output tensors, and the "
+            "adapter takes one of each; register it with whole_call=True to see them all"
         )
-    return wide(inputs[0]), cast(Tensor, cotangents[0])
+    return wide(call.inputs[0][0]), cast(Tensor, cotangents[0])
 
 
 def _check_rows(factors: Any, use: Use, rows: int, like: Tensor, where: str) -> None:

@@ -6,7 +6,17 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from curvlib.arrays import TRANSIENT, Array, Vector, contract, hadamard_gram, namespace, same, self_product
+from curvlib.arrays import (
+    TRANSIENT,
+    Array,
+    Vector,
+    contract,
+    hadamard_gram,
+    matrix_vector,
+    namespace,
+    same,
+    self_product,
+)
 from curvlib.errors import ConfigurationError
 from curvlib.factors.base import Factors, Sharing, joint_samples
 from curvlib.factors.dense import Dense, spread
@@ -142,7 +152,9 @@ class OuterProduct(Factors):
         return (self.cotangents * outputs[:, None, :]).sum(axis=-1).reshape(-1)
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:
-        return self._gradient(self._weighted(weights))
+        weight = {} if self.weight is None else {self.weight: self._weighted(weights).T @ self.inputs}
+        bias = {} if self.bias is None else {self.bias: self._summed(weights)}
+        return weight | bias
 
     def combined(self, weights: Array, other: Factors, other_weights: Array) -> dict[str, Array]:
         if isinstance(other, Scaled):
@@ -151,7 +163,12 @@ class OuterProduct(Factors):
             return super().combined(weights, other, other_weights)
         self._require_same_block(other)
         # Cotangents of the same pass: one product with its inputs is enough for both.
-        return self._gradient(self._weighted(weights) + other._weighted(other_weights))
+        result = {}
+        if self.weight is not None:
+            result[self.weight] = (self._weighted(weights) + other._weighted(other_weights)).T @ self.inputs
+        if self.bias is not None:
+            result[self.bias] = self._summed(weights) + other._summed(other_weights)
+        return result
 
     def _weighted(self, weights: Array) -> Array:
         """Cotangents, each column times its row's weight, summed over columns."""
@@ -159,10 +176,9 @@ class OuterProduct(Factors):
         weighted = self._flat_cotangents() * weights[:, None]
         return weighted.reshape(self.cotangents.shape).sum(axis=1) if columns > 1 else weighted
 
-    def _gradient(self, weighted: Array) -> dict[str, Array]:
-        weight = {} if self.weight is None else {self.weight: weighted.T @ self.inputs}
-        bias = {} if self.bias is None else {self.bias: weighted.sum(axis=0)}
-        return weight | bias
+    def _summed(self, weights: Array) -> Array:
+        """Sum of the cotangents, each times its row's weight."""
+        return matrix_vector(self._flat_cotangents().T, weights)
 
     def diagonal(self) -> dict[str, Array]:
         squares = (self.cotangents * self.cotangents).sum(axis=1)

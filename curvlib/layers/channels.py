@@ -62,11 +62,15 @@ def batch_rows(x: Tensor, g: Tensor, eps: float, weight: str, bias: str | None) 
         normalized = torch.nn.functional.batch_norm(x, None, None, training=True, eps=eps)
         return channel_rows(normalized, g, weight, bias)
     x, columns = x.reshape(1, n * channels, positions), [one.reshape(1, n * channels, positions) for one in g.unbind(1)]
-    mean = x.reshape(n, channels, positions).sum(dim=(0, 2)) / (n * positions)
+    total = x.sum(dim=2, dtype=torch.float64)
+    mean = (total.reshape(n, channels).sum(dim=0) / (n * positions)).to(x.dtype)
     centre = mean.expand(n, channels).reshape(-1)
     one = torch.ones_like(centre)
-    # Sums around the mean, as those around zero cancel where it is large: of x - m, and of (x - m) x.
-    linear, _ = _centred_sums(torch.ones_like(x), x, centre, one)
+    # Squares around the mean, as those around zero cancel where it is large: Σ (x - m)² = Σ (x - m) x - m Σ (x - m).
+    if x.dtype == torch.float64:  # Σ x - r m has no digits to spare
+        linear, _ = _centred_sums(torch.ones_like(x), x, centre, one)
+    else:
+        linear = total.reshape(-1) - positions * centre.double()
     times_x, _ = _centred_sums(x, x, centre, one)
     squares = (times_x - centre * linear).reshape(n, channels).sum(dim=0, dtype=torch.float64)
     scale = (squares / (n * positions)).clamp_min_(0).add_(eps).rsqrt_().to(x.dtype).expand(n, channels).reshape(-1)

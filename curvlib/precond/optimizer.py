@@ -266,7 +266,8 @@ class NaturalGradient(Deferring):
                 state, gradient, direction = curvature[block.name], gradients[block.name], directions[block.name]
                 if state.estimate is not None:
                     estimate = renewal.solvers[block.name].remember(state.estimate, direction)
-                    curvature[block.name] = replace(state, estimate=estimate)
+                    if estimate is not state.estimate:
+                        curvature[block.name] = replace(state, estimate=estimate)
                 given = block.parameters if gradient.rows is not None else gradient.own
                 natural.update((block.parameters[name], direction[name]) for name in given)
         # Gradients outside every block too: those of frozen parameters, and what the inner AdamW is about to use.

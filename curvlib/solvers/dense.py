@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from curvlib.arrays import Array, Vector, add_diagonal, cholesky, cholesky_solve, namespace, record
 from curvlib.factors import Factors
+from curvlib.factors.together import covariances
 from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping
+from curvlib.solvers.batched import cholesky_factors
 
 __all__ = ["Covariance", "Dense", "DenseInverse", "flatten", "unflatten"]
 
@@ -41,8 +44,21 @@ class Dense(Solver):
     def update(self, estimate: Covariance | None, factors: Factors) -> Covariance:
         return Covariance(factors.covariance() / factors.normalizer, factors.shapes)
 
+    def update_all(self, estimates: Sequence[Any], factors: Sequence[Factors]) -> list[Any]:
+        if type(self).update is not Dense.update:
+            return super().update_all(estimates, factors)
+        made = zip(covariances(factors), factors, strict=True)
+        return [Covariance(matrix / rows.normalizer, rows.shapes) for matrix, rows in made]
+
     def factorize(self, estimate: Covariance, damping: float) -> DenseInverse:
         return DenseInverse(cholesky(add_diagonal(estimate.matrix, check_damping(damping))), estimate.shapes)
+
+    def factorize_all(self, estimates: Sequence[Any], dampings: Sequence[float]) -> list[Any]:
+        if type(self).factorize is not Dense.factorize:
+            return super().factorize_all(estimates, dampings)
+        factors = cholesky_factors([estimate.matrix for estimate in estimates], dampings)
+        made = zip(factors, estimates, strict=True)
+        return [DenseInverse(factor, estimate.shapes) for factor, estimate in made]
 
     def solve(self, inverse: DenseInverse, gradient: Gradient) -> dict[str, Array]:
         vector = as_vector(gradient)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, device, namespace, record, side_by_side
+from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, device, record
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Dense as DenseRows
 from curvlib.factors import Factors, Scaled
 from curvlib.factors.lowrank import truncated
+from curvlib.factors.together import grams
 from curvlib.solvers.base import (
     Gradient,
     Solver,
@@ -21,9 +22,10 @@ from curvlib.solvers.base import (
     sample_space_pays,
     together_pays,
 )
+from curvlib.solvers.batched import cholesky_factors, kernel_solutions
 from curvlib.solvers.dense import Covariance, Dense, DenseInverse
 
-__all__ = ["Woodbury", "WoodburyEstimate", "WoodburyInverse", "kernel_solutions"]
+__all__ = ["Woodbury", "WoodburyEstimate", "WoodburyInverse"]
 
 
 @record
@@ -93,12 +95,27 @@ class Woodbury(Solver):
         if factors.size <= len(factors):
             return Dense().update(None, factors)
         kept = factors.compact()
-        gram = kept.gram()
-        if isinstance(kept, Scaled) and self.low_rank is not None:
-            kept = kept.applied()
-        if self.low_rank is not None and isinstance(kept, DenseRows):
-            kept = truncated(kept, self.low_rank, gram)
-        gram /= factors.normalizer
+        return self._estimate(kept, kept.gram(), factors.normalizer)
+
+    def update_all(self, estimates: Sequence[Any], factors: Sequence[Factors]) -> list[Any]:
+        if type(self).update is not Woodbury.update:
+            return super().update_all(estimates, factors)
+        small = [place for place, rows in enumerate(factors) if rows.size <= len(rows)]
+        large = [place for place in range(len(factors)) if place not in small]
+        results: list[Any] = [None] * len(factors)
+        covariances = Dense().update_all([None] * len(small), [factors[place] for place in small])
+        for place, covariance in zip(small, covariances, strict=True):
+            results[place] = covariance
+        kept = [factors[place].compact() for place in large]
+        for place, rows, gram in zip(large, kept, grams(kept), strict=True):
+            results[place] = self._estimate(rows, gram, factors[place].normalizer)
+        return results
+
+    def _estimate(self, kept: Factors, gram: Array, normalizer: int) -> WoodburyEstimate:
+        if self.low_rank is not None:
+            kept = kept.applied() if isinstance(kept, Scaled) else kept
+            kept = truncated(kept, self.low_rank, gram) if isinstance(kept, DenseRows) else kept
+        gram /= normalizer
         return WoodburyEstimate(kept, gram)
 
     def factorize(self, estimate: WoodburyEstimate | Covariance, damping: float) -> WoodburyInverse | DenseInverse:
@@ -110,32 +127,16 @@ class Woodbury(Solver):
     def factorize_all(self, estimates: Sequence[Any], dampings: Sequence[float]) -> list[Any]:
         if type(self).factorize is not Woodbury.factorize:
             return super().factorize_all(estimates, dampings)
-        # Kernels of all blocks have the size of the batch: one batched factorisation does for all that are of one kind.
+        # Kernels of all blocks have the size of the batch, so that most are of one size.
+        small = [place for place, estimate in enumerate(estimates) if isinstance(estimate, Covariance)]
+        large = [place for place, estimate in enumerate(estimates) if not isinstance(estimate, Covariance)]
         inverses: list[Any] = [None] * len(estimates)
-        alike: dict[Any, list[int]] = {}
-        for place, estimate in enumerate(estimates):
-            if isinstance(estimate, WoodburyEstimate):
-                kind = (estimate.kernel.shape[0], estimate.kernel.dtype, device(estimate.kernel))
-                alike.setdefault(kind, []).append(place)
-            else:
-                inverses[place] = self.factorize(estimate, dampings[place])
-        for (n, _, where), places in alike.items():
-            if not _stacking_pays(n, where) or len(places) == 1:
-                given = [(estimates[place], dampings[place]) for place in places]
-                made = side_by_side(self.factorize, given, [n] * len(places), estimates[places[0]].kernel)
-                for place, inverse in zip(places, made, strict=True):
-                    inverses[place] = inverse
-                continue
-            kernels, values = [estimates[place].kernel for place in places], {dampings[place] for place in places}
-            if len(values) == 1:
-                stack = add_diagonal(namespace(*kernels).stack(kernels), check_damping(values.pop()), copy=False)
-            else:  # each by itself: a list of dampings would have to be copied to the device, which waits
-                damped = [
-                    add_diagonal(kernels[number], check_damping(dampings[place])) for number, place in enumerate(places)
-                ]
-                stack = namespace(*damped).stack(damped)
-            for place, factor in zip(places, list(cholesky(stack)), strict=True):  # apart in one call, not one by one
-                inverses[place] = WoodburyInverse(estimates[place].factors, factor, float(dampings[place]))
+        explicit = Dense().factorize_all([estimates[p] for p in small], [dampings[p] for p in small])
+        factors = cholesky_factors([estimates[p].kernel for p in large], [dampings[p] for p in large])
+        for place, inverse in zip(small, explicit, strict=True):
+            inverses[place] = inverse
+        for place, factor in zip(large, factors, strict=True):
+            inverses[place] = WoodburyInverse(estimates[place].factors, factor, float(dampings[place]))
         return inverses
 
     def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
@@ -190,27 +191,3 @@ class Woodbury(Solver):
 
 
 _Finish = Callable[[Array], dict[str, Array]]
-
-_STACKED_UP_TO = 64
-
-
-def _stacking_pays(n: int, where: Any) -> bool:
-    """Whether one call for all blocks is worth copying their matrices together: LAPACK takes one after the other."""
-    return n <= _STACKED_UP_TO or str(where) != "cpu"
-
-
-def kernel_solutions(factors: Sequence[Array], rhs: Sequence[Array]) -> list[Array]:
-    """Solutions of the systems of blocks whose kernels are of one size and kind.
-
-    Parameters
-    ----------
-    factors
-        Lower Cholesky factors, each of shape ``(rows, rows)``.
-    rhs
-        Right-hand sides, each of shape ``(rows,)``.
-    """
-    if len(factors) == 1 or not _stacking_pays(factors[0].shape[0], device(factors[0])):
-        return [cholesky_solve(factor, one) for factor, one in zip(factors, rhs, strict=True)]
-    xp = namespace(rhs[0])
-    solutions = cholesky_solve(xp.stack(list(factors)), xp.stack(list(rhs))[:, :, None])
-    return list(solutions[:, :, 0])

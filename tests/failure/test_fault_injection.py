@@ -160,6 +160,7 @@ def update_out_of_memory(run, patch):
 
     for kind in {type(solver) for solver in run.optimizer.solvers.values()}:
         patch.setattr(kind, "update", fail)
+        patch.setattr(kind, "update_all", fail)
 
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory (told)")

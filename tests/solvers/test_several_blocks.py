@@ -1,11 +1,13 @@
-"""Several blocks at once, decomposed side by side in threads, have the states that each would have by itself."""
+"""Several blocks at once, side by side in threads or in one call, have the states that each would have by itself."""
 
 import pytest
 import torch
 
 from curvlib.arrays import pack
+from curvlib.errors import NotPositiveDefiniteError
+from curvlib.factors import Dense as DenseRows
 from curvlib.factors import OuterProduct
-from curvlib.solvers import EKFAC, KFAC, SOAP, Shampoo
+from curvlib.solvers import EKFAC, KFAC, SOAP, Dense, Shampoo, Woodbury
 
 SOLVERS = {
     "KFAC": KFAC(),
@@ -48,3 +50,50 @@ def test_states_and_directions_are_those_of_each_block(name, two_threads):
             for parameter in mine:
                 torch.testing.assert_close(theirs[parameter], mine[parameter], rtol=1e-8, atol=1e-10)
     assert [set(pack(one)) for one in together] == [set(pack(one)) for one in apart]
+
+
+def explicit(seed, n, *shape):
+    generator = torch.Generator().manual_seed(seed)
+    weight, bias = (torch.randn(n, *own, generator=generator, dtype=torch.float64) for own in (shape, shape[:1]))
+    return DenseRows(weight=weight, bias=bias)
+
+
+# Rows in factored form, explicit ones of equal and of other sizes, and blocks with fewer parameters than rows.
+MIXED = [rows(0, 6, 5), explicit(1, 8, 3, 4), explicit(2, 8, 3, 4), explicit(3, 8, 5, 2), explicit(4, 6, 3, 4)]
+MIXED += [explicit(5, 8, 2, 2), explicit(6, 8, 2, 2), explicit(7, 8, 3), explicit(8, 8, 3)]
+
+
+@pytest.mark.parametrize("solver", [Woodbury(), Woodbury(low_rank=0.9), Dense()], ids=str)
+@pytest.mark.parametrize("damping", ["one", "several"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_exact_solvers_in_one_call(solver, damping, dtype):
+    several = [
+        DenseRows({name: array.to(dtype) for name, array in own.values.items()}) if isinstance(own, DenseRows) else own
+        for own in MIXED
+    ]
+    dampings = [0.1 if damping == "one" else 0.1 * (place + 1) for place in range(len(several))]
+    estimates = solver.update_all([None] * len(several), several)
+    inverses = solver.factorize_all(estimates, dampings)
+    gradients = [own.rmatvec(own.row_weights(0.5)) for own in several]
+    naturals = solver.solve_all(inverses, gradients)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    for own, value, gradient, natural in zip(several, dampings, gradients, naturals, strict=True):
+        mine = solver.solve(solver.factorize(solver.update(None, own), value), gradient)
+        J, v = own.dense().matrix(), torch.cat([part.reshape(-1) for part in gradient.values()])
+        truth = torch.linalg.solve(J.T @ J / len(own) + value * torch.eye(J.shape[1], dtype=J.dtype), v)
+        found = torch.cat([natural[name].reshape(-1) for name in gradient])
+        for name in gradient:
+            torch.testing.assert_close(natural[name], mine[name], rtol=tolerance, atol=tolerance)
+        if solver.exact:
+            torch.testing.assert_close(found, truth, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("solver", [Woodbury(), Dense()], ids=str)
+def test_one_matrix_that_is_not_positive_definite_refuses_its_stack(solver):
+    several = [explicit(seed, 8, 3, 4) for seed in range(3)] + [explicit(seed, 8, 2, 2) for seed in range(3)]
+    for bad in (1, 4):
+        estimates = solver.update_all([None] * 6, several)
+        matrix = getattr(estimates[bad], "kernel", getattr(estimates[bad], "matrix", None))
+        matrix -= 100 * torch.eye(len(matrix), dtype=matrix.dtype)
+        with pytest.raises(NotPositiveDefiniteError):
+            solver.factorize_all(estimates, [0.1] * 6)

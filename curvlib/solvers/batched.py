@@ -1,0 +1,84 @@
+"""Cholesky factorisations and solves of several blocks, in one call for matrices of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, device, namespace, side_by_side
+from curvlib.solvers.base import check_damping
+
+__all__ = ["cholesky_factors", "kernel_solutions"]
+
+_FACTORIZED_TOGETHER_UP_TO = 512
+"""Rows up to which one factorisation of a stack beats one a matrix: every call wakes the threads for its own."""
+
+_SOLVED_TOGETHER_UP_TO = 32
+"""Rows up to which one solve of a stack beats one a matrix, which keeps a single thread busy."""
+
+
+def cholesky_factors(matrices: Sequence[Array], dampings: Sequence[float]) -> list[Array]:
+    """Lower Cholesky factors of ``matrix + damping · identity``.
+
+    Parameters
+    ----------
+    matrices
+        Symmetric, of any sizes; they stay as they are.
+    dampings
+        λ > 0 of each.
+
+    Raises
+    ------
+    ConfigurationError
+        If a damping is not a positive number.
+    NotPositiveDefiniteError
+        If a damped matrix is not positive definite in its precision.
+    """
+    factors: list[Any] = [None] * len(matrices)
+    alike: dict[Any, list[int]] = {}
+    for place, matrix in enumerate(matrices):
+        alike.setdefault((matrix.shape[0], matrix.dtype, device(matrix)), []).append(place)
+    for (n, _, where), places in alike.items():
+        own, values = [matrices[place] for place in places], [check_damping(dampings[place]) for place in places]
+        if len(places) > 1 and _stacking_pays(n, _FACTORIZED_TOGETHER_UP_TO, where):
+            made = list(cholesky(_damped_stack(own, values)))  # apart in one call, not one by one
+        else:
+            made = side_by_side(_damped_factor, list(zip(own, values, strict=True)), [n] * len(places), own[0])
+        for place, factor in zip(places, made, strict=True):
+            factors[place] = factor
+    return factors
+
+
+def _damped_factor(matrix: Array, damping: float) -> Array:
+    return cholesky(add_diagonal(matrix, damping))
+
+
+def _damped_stack(matrices: Sequence[Array], dampings: Sequence[float]) -> Array:
+    xp = namespace(matrices[0])
+    if len(set(dampings)) == 1:
+        return add_diagonal(xp.stack(list(matrices)), dampings[0], copy=False)
+    # Each by itself: a list of dampings would have to be copied to the device, which waits.
+    return xp.stack([add_diagonal(matrix, damping) for matrix, damping in zip(matrices, dampings, strict=True)])
+
+
+def kernel_solutions(factors: Sequence[Array], rhs: Sequence[Array]) -> list[Array]:
+    """Solutions of the systems of blocks whose kernels are of one size and kind.
+
+    Parameters
+    ----------
+    factors
+        Lower Cholesky factors, each of shape ``(rows, rows)``.
+    rhs
+        Right-hand sides, each of shape ``(rows,)``.
+    """
+    n, where = factors[0].shape[0], device(factors[0])
+    if len(factors) == 1 or not _stacking_pays(n, _SOLVED_TOGETHER_UP_TO, where):
+        return [cholesky_solve(factor, one) for factor, one in zip(factors, rhs, strict=True)]
+    xp = namespace(rhs[0])
+    solutions = cholesky_solve(xp.stack(list(factors)), xp.stack(list(rhs))[:, :, None])
+    return list(solutions[:, :, 0])
+
+
+def _stacking_pays(n: int, most: int, where: Any) -> bool:
+    """Whether one call for all blocks is worth copying their matrices together: LAPACK takes one after the other."""
+    return n <= most or str(where) != "cpu"

@@ -1,0 +1,68 @@
+"""Products of several blocks at once are those of each block, whichever of them share a call."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kinds import KINDS, close, matrix, numbers
+
+from curvlib.factors import Dense, Scaled
+from curvlib.factors.together import covariances, grams
+
+LIBRARIES = ("torch", "numpy")
+
+
+def explicit(library, rows, *shape, seed=0, scale=None):
+    factors = Dense(weight=numbers(library, rows, *shape, seed=seed), bias=numbers(library, rows, shape[0], seed=seed))
+    return factors if scale is None else Scaled(factors, scale)
+
+
+def blocks(library):
+    """Blocks of every kind, some of equal shapes, two too large to be copied together."""
+    equal = [explicit(library, 6, 3, 2, seed=seed, scale=scale) for seed, scale in enumerate((None, 2.0, -0.5))]
+    large = [explicit(library, 40, 30, 40, seed=seed) for seed in (3, 4)]
+    kinds = [make(library, 1) for name, make in KINDS.items() if "convolution" not in name or library == "torch"]
+    return [*equal, *kinds, *large, explicit(library, 6, 3, 2, seed=5)]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_grams_are_those_of_the_dense_rows(library):
+    several = blocks(library)
+    for factors, gram in zip(several, grams(several), strict=True):
+        close(gram, matrix(factors) @ matrix(factors).T)
+        assert type(gram) is type(factors.like)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_covariances_are_those_of_the_dense_rows(library):
+    several = blocks(library)
+    for factors, covariance in zip(several, covariances(several), strict=True):
+        close(covariance, matrix(factors).T @ matrix(factors))
+
+
+@pytest.mark.parametrize("made", [grams, covariances])
+def test_results_may_be_changed_and_change_nothing_else(made):
+    several = [explicit("torch", 4, 3, 2, seed=seed) for seed in range(3)]
+    alone = Dense(weight=numbers("torch", 4, 5))
+    before = [factors.dense().matrix().clone() for factors in several]
+    first, *others = made([*several, alone])
+    kept = [other.clone() for other in others]
+    first *= 0
+    assert all((one == other).all() for one, other in zip(others, kept, strict=True))
+    assert all((factors.dense().matrix() == rows).all() for factors, rows in zip(several, before, strict=True))
+
+
+def test_nothing_makes_nothing():
+    assert grams([]) == covariances([]) == []
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=6),
+    scale=st.sampled_from([None, 3.0]),
+)
+def test_any_mixture_of_shapes(shapes, scale):
+    several = [explicit("numpy", *shape, seed=place, scale=scale) for place, shape in enumerate(shapes)]
+    for factors, gram, covariance in zip(several, grams(several), covariances(several), strict=True):
+        rows = matrix(factors)
+        np.testing.assert_allclose(gram, rows @ rows.T, rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(covariance, rows.T @ rows, rtol=1e-11, atol=1e-12)
