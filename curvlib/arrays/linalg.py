@@ -150,9 +150,9 @@ def self_product(matrix: Array) -> Array:
     return kernels(matrix).self_product(matrix)
 
 
-def hadamard_gram(first: Array, second: Array, shift: float) -> Array:
-    """(A Aᵀ + shift) ∘ (B Bᵀ) for A and B with as many rows, a new array."""
-    return kernels(first).hadamard_gram(first, second, shift)
+def hadamard_gram(first: Array, second: Array, ones: bool) -> Array:
+    """(A Aᵀ) ∘ (B Bᵀ) for A and B with as many rows, a new array; with `ones` as if A had a column of ones besides."""
+    return kernels(first).hadamard_gram(first, second, ones)
 
 
 def matrix_vector(matrix: Array, vector: Array) -> Array:

@@ -97,9 +97,9 @@ def self_product(matrix: Array) -> Array:
     return matrix @ matrix.T
 
 
-def hadamard_gram(first: Array, second: Array, shift: float) -> Array:
-    """(A Aᵀ + shift) ∘ (B Bᵀ)."""
-    return (self_product(first) + shift) * self_product(second)
+def hadamard_gram(first: Array, second: Array, ones: bool) -> Array:
+    """(A Aᵀ) ∘ (B Bᵀ), or (A Aᵀ + 1) ∘ (B Bᵀ)."""
+    return (self_product(first) + float(ones)) * self_product(second)
 
 
 def matrix_vector(matrix: Array, vector: Array) -> Array:

@@ -93,6 +93,9 @@ def cholesky_solve(factor: Tensor, rhs: Tensor) -> Tensor:
     """Solution of L Lᵀ x = rhs."""
     if factor.is_cuda and factor.shape[:-2].numel() > 1:
         return _solved_together(factor, rhs)
+    if factor.ndim == 2 and rhs.shape[-1] == 1 and factor.device.type == "cpu":
+        # The routine for both would copy the factor first.
+        return triangular_solve(factor, triangular_solve(factor, rhs, False), True)
     return torch.cholesky_solve(rhs, factor)
 
 
@@ -159,24 +162,22 @@ def _part(d: int) -> int:
     return next((d // parts for parts in range(most, most // 2, -1) if d % parts == 0), _PART)
 
 
-def hadamard_gram(first: Tensor, second: Tensor, shift: float) -> Tensor:
-    """(A Aᵀ + shift) ∘ (B Bᵀ); on a CPU block by block, while they are in the cache."""
+def hadamard_gram(first: Tensor, second: Tensor, ones: bool) -> Tensor:
+    """(A Aᵀ) ∘ (B Bᵀ), or (A Aᵀ + 1) ∘ (B Bᵀ); on a CPU block by block, while they are in the cache."""
     n, d = first.shape
     plain = first.device.type != "cpu" or is_compiling() or first.requires_grad or second.requires_grad
     if plain or not _halved(n, d + second.shape[1]):
-        product = self_product(first)
-        if shift:
-            product += shift
-        product *= self_product(second)
-        return product
+        return _hadamard(self_product(first), self_product(second), ones)
 
     def blocks(width: int, below: bool) -> Tensor:
-        made = _products(first, width, below)
-        if shift:
-            made += shift
-        return made.mul_(_products(second, width, below))
+        return _hadamard(_products(first, width, below), _products(second, width, below), ones)
 
     return _symmetric(first, blocks)
+
+
+def _hadamard(first: Tensor, second: Tensor, ones: bool) -> Tensor:
+    """A ∘ B, or (A + 1) ∘ B in one pass."""
+    return torch.addcmul(second, second, first) if ones else first * second
 
 
 def _halved(n: int, d: int) -> bool:

@@ -102,7 +102,7 @@ class OuterProduct(Factors):
         if self.weight is None:
             return self_product(self._flat_cotangents())
         if self.memo is None and self.cotangents.shape[1] == 1:
-            return hadamard_gram(self.inputs, self._flat_cotangents(), 0.0 if self.bias is None else 1.0)
+            return hadamard_gram(self.inputs, self._flat_cotangents(), ones=self.bias is not None)
         inputs = self_product(self.inputs)
         if self.memo is not None:
             self.memo[:] = [(self.inputs, inputs + 0.0)]

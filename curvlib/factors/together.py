@@ -19,13 +19,15 @@ _SHORT = 1 << 22
 """Multiply-adds up to which a product is over before a thread has woken for it."""
 
 
-def grams(several: Sequence[Factors]) -> list[Array]:
+def grams(several: Sequence[Factors], multiples: Sequence[float] | None = None) -> list[Array]:
     """`Factors.gram` of each of several blocks.
 
     Parameters
     ----------
     several
         Of any kinds.
+    multiples
+        What each is multiplied with, 1 if None.
 
     Returns
     -------
@@ -33,20 +35,21 @@ def grams(several: Sequence[Factors]) -> list[Array]:
         New arrays of shape ``(rows, rows)``.
     """
     totals: list[Any] = [None] * len(several)
-    matrices, places, scales = [], [], []
+    matrices, places = [], []
     for place, factors in enumerate(several):
-        base, scale = _unscaled(factors)
+        base, _ = _unscaled(factors)
         if type(base) is Dense:
             matrices += [array.reshape(array.shape[0], -1) for array in base.values.values()]
             places += [place] * len(base.values)
-            scales += [scale] * len(base.values)
         else:
-            totals[place] = factors.gram()
+            totals[place] = base.gram()
     for place, product in zip(places, _self_products(matrices), strict=True):
         totals[place] = product if totals[place] is None else totals[place] + product
-    for place, scale in dict(zip(places, scales, strict=True)).items():
-        if scale != 1:
-            totals[place] *= scale**2
+    for place, factors in enumerate(several):
+        _, scale = _unscaled(factors)
+        multiple = scale**2 * (1.0 if multiples is None else multiples[place])
+        if multiple != 1:
+            totals[place] *= multiple
     return totals
 
 

@@ -94,8 +94,7 @@ class Woodbury(Solver):
     def update(self, estimate: WoodburyEstimate | Covariance | None, factors: Factors) -> WoodburyEstimate | Covariance:
         if factors.size <= len(factors):
             return Dense().update(None, factors)
-        kept = factors.compact()
-        return self._estimate(kept, kept.gram(), factors.normalizer)
+        return self._estimates([factors])[0]
 
     def update_all(self, estimates: Sequence[Any], factors: Sequence[Factors]) -> list[Any]:
         if type(self).update is not Woodbury.update:
@@ -104,19 +103,22 @@ class Woodbury(Solver):
         large = [place for place in range(len(factors)) if place not in small]
         results: list[Any] = [None] * len(factors)
         covariances = Dense().update_all([None] * len(small), [factors[place] for place in small])
-        for place, covariance in zip(small, covariances, strict=True):
-            results[place] = covariance
-        kept = [factors[place].compact() for place in large]
-        for place, rows, gram in zip(large, kept, grams(kept), strict=True):
-            results[place] = self._estimate(rows, gram, factors[place].normalizer)
+        made = zip([*small, *large], [*covariances, *self._estimates([factors[p] for p in large])], strict=True)
+        for place, estimate in made:
+            results[place] = estimate
         return results
 
-    def _estimate(self, kept: Factors, gram: Array, normalizer: int) -> WoodburyEstimate:
-        if self.low_rank is not None:
-            kept = kept.applied() if isinstance(kept, Scaled) else kept
-            kept = truncated(kept, self.low_rank, gram) if isinstance(kept, DenseRows) else kept
-        gram /= normalizer
-        return WoodburyEstimate(kept, gram)
+    def _estimates(self, several: Sequence[Factors]) -> list[WoodburyEstimate]:
+        """Estimates of blocks with more parameters than rows."""
+        kept, shares = [factors.compact() for factors in several], [1 / factors.normalizer for factors in several]
+        if self.low_rank is None:
+            return [WoodburyEstimate(rows, kernel) for rows, kernel in zip(kept, grams(kept, shares), strict=True)]
+        made = []
+        for rows, gram, share in zip(kept, grams(kept), shares, strict=True):
+            whole = rows.applied() if isinstance(rows, Scaled) else rows
+            short = truncated(whole, self.low_rank, gram) if isinstance(whole, DenseRows) else whole
+            made.append(WoodburyEstimate(short, gram * share))
+        return made
 
     def factorize(self, estimate: WoodburyEstimate | Covariance, damping: float) -> WoodburyInverse | DenseInverse:
         if isinstance(estimate, Covariance):

@@ -99,9 +99,9 @@ def test_symmetric_products(library, threads, n, d, order):
     gram = matrix @ matrix.T
     found = read(arrays.self_product(make(matrix)))
     np.testing.assert_allclose(found, gram, atol=1e-12)
-    for shift in (0.0, 1.0):
-        found = read(arrays.hadamard_gram(make(matrix), make(other), shift))
-        np.testing.assert_allclose(found, (gram + shift) * (other @ other.T), atol=1e-10)
+    for ones in (False, True):
+        found = read(arrays.hadamard_gram(make(matrix), make(other), ones))
+        np.testing.assert_allclose(found, (gram + ones) * (other @ other.T), atol=1e-10)
 
 
 @pytest.mark.parametrize(("n", "d"), [(3, 5), (64, 40_000), (66, 40_001), (40_000, 64)])
