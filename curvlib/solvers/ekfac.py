@@ -11,7 +11,8 @@ from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, KroneckerLayout, Sharing
 from curvlib.solvers.average import averaged, check_decay
 from curvlib.solvers.base import Gradient, Solver, check_choice, check_damping
-from curvlib.solvers.kfac import KFAC, KFACEigen, KFACEstimate, rows_pay
+from curvlib.solvers.kfac import KFAC, KFACEigen, KFACEstimate
+from curvlib.solvers.pairs import rows_pay, solved, solved_all
 
 __all__ = ["EKFAC", "EKFACEstimate"]
 
@@ -124,7 +125,12 @@ class EKFAC(Solver):
         return rows_pay(factors)
 
     def solve(self, inverse: KFACEigen, gradient: Gradient) -> dict[str, Array]:
-        return KFAC(self.sharing, self.decay).solve(inverse, gradient)
+        return solved(inverse, gradient)
+
+    def solve_all(self, inverses: Sequence[KFACEigen], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
+        if type(self).solve is not EKFAC.solve:
+            return super().solve_all(inverses, gradients)
+        return solved_all(inverses, gradients)
 
 
 def _basis(matrix: Array, before: Array | None) -> Array:

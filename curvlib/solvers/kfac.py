@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -22,7 +22,8 @@ from curvlib.arrays import (
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, KroneckerLayout, Sharing
 from curvlib.solvers.average import averaged, check_decay
-from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_choice, check_damping
+from curvlib.solvers.base import Gradient, Solver, check_choice, check_damping
+from curvlib.solvers.pairs import rows_pay, solved, solved_all
 
 __all__ = ["KFAC", "KFACEigen", "KFACEstimate", "KFACInverse"]
 
@@ -66,7 +67,17 @@ class KFACInverse:
     inputs: Array
     cotangents: Array
     layout: KroneckerLayout
-    explicit: tuple[bool, bool]
+    explicit: tuple[bool, bool] = (True, True)
+
+    def stackable(self) -> Mapping[str, Array] | None:
+        return {"inputs": self.inputs, "cotangents": self.cotangents} if all(self.explicit) else None
+
+    def apply(self, matrix: Array) -> Array:
+        return self.on_inputs(self.on_cotangents(matrix))
+
+    def apply_to_rows(self, inputs: Array, cotangents: Array) -> Array:
+        # B⁻¹ (gᵀ a) A⁻¹ = (B⁻¹gᵀ)(A⁻¹aᵀ)ᵀ: solves with as many right-hand sides as there are rows.
+        return self.on_cotangents(namespace(cotangents).matrix_transpose(cotangents)) @ self.on_inputs(inputs)
 
     def on_inputs(self, matrix: Array) -> Array:
         """``M A⁻¹``, for M of shape ``(groups, k, d)``."""
@@ -89,6 +100,22 @@ class KFACEigen:
     cotangents: Array
     reciprocals: Array
     layout: KroneckerLayout
+
+    def stackable(self) -> Mapping[str, Array] | None:
+        return {"inputs": self.inputs, "cotangents": self.cotangents, "reciprocals": self.reciprocals}
+
+    def apply(self, matrix: Array) -> Array:
+        # Q_G ((Q_Gᵀ M Q_A) ∘ R) Q_Aᵀ
+        return self._back(namespace(matrix).matrix_transpose(self.cotangents) @ matrix @ self.inputs)
+
+    def apply_to_rows(self, inputs: Array, cotangents: Array) -> Array:
+        transpose = namespace(inputs).matrix_transpose
+        return self._back(transpose(cotangents @ self.cotangents) @ (inputs @ self.inputs))
+
+    def _back(self, rotated: Array) -> Array:
+        """Out of the eigenbasis, after the division by damped eigenvalues there."""
+        rotated *= self.reciprocals
+        return self.cotangents @ rotated @ namespace(rotated).matrix_transpose(self.inputs)
 
 
 @dataclass(frozen=True)
@@ -187,16 +214,14 @@ class KFAC(Solver):
         return rows_pay(factors)
 
     def solve(self, inverse: KFACInverse | KFACEigen, gradient: Gradient) -> dict[str, Array]:
-        if isinstance(gradient, Factors) and rows_pay(gradient):
-            return _solved_by_rows(inverse, gradient)
-        vector = as_vector(gradient)
-        check_block(vector, inverse.layout.shapes)
-        matrix = inverse.layout.matrix(vector)
-        if isinstance(inverse, KFACEigen):
-            return inverse.layout.vector(
-                divided_in_basis(matrix, inverse.inputs, inverse.cotangents, inverse.reciprocals)
-            )
-        return inverse.layout.vector(inverse.on_inputs(inverse.on_cotangents(matrix)))
+        return solved(inverse, gradient)
+
+    def solve_all(
+        self, inverses: Sequence[KFACInverse | KFACEigen], gradients: Sequence[Gradient]
+    ) -> list[dict[str, Array]]:
+        if type(self).solve is not KFAC.solve:
+            return super().solve_all(inverses, gradients)
+        return solved_all(inverses, gradients)
 
 
 def split_damping(inputs: Array, cotangents: Array, damping: float, balanced: bool) -> tuple[Any, Any]:
@@ -227,26 +252,6 @@ def split_damping(inputs: Array, cotangents: Array, damping: float, balanced: bo
     return root * pi, root / pi
 
 
-def rows_pay(factors: Factors) -> bool:
-    """Whether a gradient of such rows is cheaper to precondition row by row than explicitly."""
-    sizes = factors.outer_sizes
-    if sizes is None:
-        return False
-    n, d_in, d_out = sizes
-    return n * (d_in * d_in + d_out * d_out) < d_in * d_out * (d_in + d_out)
-
-
-def paired_rows(gradient: Factors) -> tuple[Array, Array]:
-    """Inputs ``[a, 1]`` and cotangents g, one of each a row; ``gᵀ [a, 1]`` is the gradient that the rows stand for."""
-    apart = gradient.kronecker_rows()
-    a, g = apart.augmented_inputs(), apart.cotangents
-    if a.shape[1] != g.shape[1]:
-        # Several columns share an input.
-        n = a.shape[1]
-        g = g.reshape(g.shape[0], n, -1, g.shape[2]).sum(axis=2)
-    return a, g / gradient.normalizer
-
-
 def _inverted(matrix: Array, added: Any, explicit: bool) -> Array:
     """Cholesky factor of a damped factor, or the inverse itself."""
     factor = cholesky(add_diagonal(matrix, added))
@@ -265,23 +270,3 @@ def _eigen(
     (a, Q_A), (g, Q_G) = inputs, cotangents
     damped = (g[:, :, None] + right) * (a[:, None, :] + left) + whole
     return KFACEigen(Q_A, Q_G, 1 / damped, estimate.layout)
-
-
-def _solved_by_rows(inverse: KFACInverse | KFACEigen, gradient: Factors) -> dict[str, Array]:
-    """``B⁻¹ (gᵀ a) A⁻¹ = (B⁻¹gᵀ)(A⁻¹aᵀ)ᵀ``: solves with as many right-hand sides as there are rows."""
-    a, g = paired_rows(gradient)
-    transpose = namespace(a).matrix_transpose
-    if isinstance(inverse, KFACEigen):
-        rotated = transpose(g @ inverse.cotangents) @ (a @ inverse.inputs)
-        matrix = inverse.cotangents @ (rotated * inverse.reciprocals) @ transpose(inverse.inputs)
-    else:
-        matrix = inverse.on_cotangents(transpose(g)) @ inverse.on_inputs(a)
-    return inverse.layout.vector(matrix)
-
-
-def divided_in_basis(matrix: Array, inputs: Array, cotangents: Array, reciprocals: Array) -> Array:
-    """``Q_G ((Q_Gᵀ M Q_A) ∘ R) Q_Aᵀ`` for matrices M of shape ``(groups, d_out, d)``."""
-    transpose = namespace(matrix).matrix_transpose
-    rotated = transpose(cotangents) @ matrix @ inputs
-    rotated *= reciprocals
-    return cotangents @ rotated @ transpose(inputs)

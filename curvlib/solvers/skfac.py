@@ -16,7 +16,8 @@ from curvlib.solvers.base import (
     check_damping,
     sample_space_pays,
 )
-from curvlib.solvers.kfac import paired_rows, split_damping
+from curvlib.solvers.kfac import split_damping
+from curvlib.solvers.pairs import paired_rows
 
 __all__ = ["SKFAC", "SKFACEstimate", "SKFACInverse"]
 

@@ -52,6 +52,24 @@ def test_states_and_directions_are_those_of_each_block(name, two_threads):
     assert [set(pack(one)) for one in together] == [set(pack(one)) for one in apart]
 
 
+# Blocks of equal sizes, some of which a gradient as rows pays for, beside a block of another size.
+EQUAL = [
+    rows(place, *size, n=n) for place, (size, n) in enumerate([((6, 5), 9)] * 2 + [((6, 5), 2)] * 2 + [((4, 3), 9)])
+]
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, "KFAC, cholesky"])
+@pytest.mark.parametrize("as_rows", [False, True])
+def test_directions_of_blocks_of_equal_sizes_are_those_of_each(name, as_rows):
+    solver = SOLVERS.get(name, KFAC(form="cholesky"))
+    inverses = solver.factorize_all(solver.update_all([None] * len(EQUAL), EQUAL), [0.1, 0.2, 0.3, 0.1, 0.2])
+    gradients = [own if as_rows else own.rmatvec(own.row_weights(1 / own.normalizer)) for own in EQUAL]
+    together = solver.solve_all(inverses, gradients)
+    for inverse, gradient, natural in zip(inverses, gradients, together, strict=True):
+        for parameter, value in solver.solve(inverse, gradient).items():
+            torch.testing.assert_close(natural[parameter], value, rtol=1e-11, atol=1e-12)
+
+
 def explicit(seed, n, *shape):
     generator = torch.Generator().manual_seed(seed)
     weight, bias = (torch.randn(n, *own, generator=generator, dtype=torch.float64) for own in (shape, shape[:1]))
