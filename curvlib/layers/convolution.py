@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -77,10 +78,9 @@ class ConvolutionFactors(Factors):
     @property
     def sizes(self) -> cost.Sizes:
         """The sizes that decide which route is cheapest."""
-        n, columns = self.cotangents.shape[:2]
-        positions = self.cotangents[0, 0, 0].numel()
-        d_in = torch.Size(self.weight_shape[1:]).numel()
-        return cost.Sizes(n, columns, positions, self.groups, d_in, self.weight_shape[0] // self.groups)
+        n, columns, _, *positions = self.cotangents.shape
+        d_out, d_in = self.weight_shape[0] // self.groups, prod(self.weight_shape[1:])
+        return cost.Sizes(n, columns, prod(positions), self.groups, d_in, d_out)
 
     # -- routes -------------------------------------------------------------------------------------------------------
 

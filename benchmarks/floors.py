@@ -1,0 +1,141 @@
+"""The least that a step can cost with the kernels at hand: ``python -m benchmarks.floors --out benchmarks/results/floors``.
+
+A floor is the sum of what no library around the kernels can save: the passes of the model (without weight gradients
+where the gradient is taken as rows), the products, factorisations and solves of all blocks on rows that are there
+already, and the update of the parameters, each measured alone, in turns with a step of SGD. Hooks, checks and the
+composition of a step count nothing.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch.nn import functional
+
+import curvlib
+from benchmarks.peers.methods import DAMPING, LR, METHODS, MOMENTUM, NORMS
+from benchmarks.peers.workloads import WORKLOADS, problem
+from benchmarks.record import circumstances, write
+from benchmarks.suites.blocks import in_turns
+from curvlib.solvers import EKFAC, KFAC, Woodbury
+
+PERIOD = 10
+SOLVERS = {"TENGraD": Woodbury(), "KFAC": KFAC(), "EKFAC": EKFAC()}
+
+
+class Passes:
+    """Forward and backward of a workload without weight gradients, and the update of its parameters."""
+
+    def __init__(self, workload):
+        self.model, self.x, self.y = problem(workload)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LR, momentum=MOMENTUM)
+        self.parameters = list(self.model.parameters())
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p)
+            p.requires_grad_(False)
+        # Nothing before the output of the first layer needs a gradient, as in an ordinary pass.
+        first = next(module for module in self.model.modules() if list(module.parameters(recurse=False)))
+        first.register_forward_hook(lambda module, args, output: output.requires_grad_())
+
+    def passes(self, backwards=1):
+        loss = functional.cross_entropy(self.model(self.x), self.y)
+        for left in reversed(range(backwards)):
+            loss.backward(retain_graph=left > 0)
+
+    def both(self):
+        self.passes(backwards=2)
+
+    def update(self):
+        self.optimizer.step()
+
+
+class Blocks:
+    """Products, factorisations and solves of all blocks of a workload, on rows that are there."""
+
+    def __init__(self, workload, solver):
+        model, x, y = problem(workload)
+        exact = [] if solver.exact else [name for name, module in model.named_modules() if isinstance(module, NORMS)]
+        rows = curvlib.collect(
+            model, curvlib.Empirical(), x, loss=lambda outputs: functional.cross_entropy(outputs, y), rest="freeze"
+        )
+        functional.cross_entropy(model(x), y).backward()
+        parameters = dict(model.named_parameters())
+        # Norm layers, which Kronecker methods leave out, are solved exactly.
+        self.parts = []
+        for own, names in ((Woodbury(), exact), (solver, [name for name in rows if name not in exact])):
+            factors = [rows[name] for name in names]
+            gradients = [
+                factor
+                if not solver.exact and own.gains_from_rows(factor, same=False)
+                else {inner: parameters[f"{name}.{inner}"].grad for inner in factor.shapes}
+                for name, factor in zip(names, factors, strict=True)
+            ]
+            self.parts += [_Part(own, factors, gradients)] if names else []
+        self.from_rows = all(part.from_rows for part in self.parts)
+
+    def refresh(self):
+        for part in self.parts:
+            part.refresh()
+
+    def solve(self):
+        for part in self.parts:
+            part.solver.solve_all(part.inverses, part.gradients)
+
+    def solve_own(self):
+        """Solve for the mean of the very rows, which is what a fresh step of the empirical Fisher does."""
+        for part in self.parts:
+            own = [getattr(inverse, "factors", rows) for inverse, rows in zip(part.inverses, part.factors, strict=True)]
+            part.solver.solve_all(part.inverses, own)
+
+
+class _Part:
+    def __init__(self, solver, factors, gradients):
+        self.solver, self.factors, self.gradients = solver, factors, gradients
+        self.from_rows = all(isinstance(gradient, curvlib.factors.Factors) for gradient in gradients)
+        self.refresh()
+
+    def refresh(self):
+        estimates = self.solver.update_all([None] * len(self.factors), self.factors)
+        self.inverses = self.solver.factorize_all(estimates, [DAMPING] * len(estimates))
+
+
+def floors(workload, rounds):
+    """Floors of the methods as ratios to SGD's step, and the milliseconds that they are made of."""
+    sgd, passes = METHODS["SGD, momentum"].build(*problem(workload)), Passes(workload)
+    blocks = {name: Blocks(workload, solver) for name, solver in SOLVERS.items()}
+    timed = {"SGD step": sgd, "passes": passes.passes, "second backward": passes.both, "update": passes.update}
+    for name, own in blocks.items():
+        timed |= {f"{name} refresh": own.refresh, f"{name} solve": own.solve}
+    timed["TENGraD solve, own rows"] = blocks["TENGraD"].solve_own
+    ms = {name: 1e3 * value for name, value in zip(timed, in_turns(*timed.values(), rounds=rounds), strict=True)}
+    ms["second backward"] -= ms["passes"]
+    fresh = ms["passes"] + ms["update"] + ms["TENGraD refresh"] + ms["TENGraD solve, own rows"]
+    stale = ms["SGD step"] + ms["TENGraD solve"]
+    steps = {"TENGraD, fresh": fresh, "TENGraD, refresh 10": stale + (fresh - stale) / PERIOD}
+    for name in ("KFAC", "EKFAC"):
+        bare = ms["passes"] + ms["update"] if blocks[name].from_rows else ms["SGD step"]
+        refresh = ms[f"{name} refresh"] + ms["second backward"]
+        steps[f"{name}, refresh 10"] = bare + ms[f"{name} solve"] + refresh / PERIOD
+    return {"ratios": {name: step / ms["SGD step"] for name, step in steps.items()}, "milliseconds": ms}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="names, separated by commas")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--provisional", action="store_true", help="mark the figures as those of a busy machine")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results = {"environment": {**circumstances(args.provisional), "rounds": args.rounds}, "workloads": {}}
+    for workload in args.workloads.split(","):
+        Console().print(workload)
+        results["workloads"][workload] = floors(workload, args.rounds)
+    write(args.out / "floors.json", results)
+
+
+if __name__ == "__main__":
+    main()
