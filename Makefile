@@ -72,6 +72,7 @@ figures: $(STAMP) $(PEERS)/.installed  ## measure all committed figures again, r
 	@$(LOCAL_PEERS)
 	$(PEERS)/bin/python -m benchmarks.peers.run --out benchmarks/results/peers $(MARK)
 	$(BIN)/python -m benchmarks.growth --out benchmarks/results/growth $(MARK)
+	$(BIN)/python -m benchmarks.floors --out benchmarks/results/floors $(MARK)
 	$(BIN)/python -m benchmarks.history
 	$(BIN)/python -m benchmarks.peers.report
 	$(BIN)/python docs/generate_performance.py

@@ -1,4 +1,4 @@
-"""The least that a step can cost with the kernels at hand: ``python -m benchmarks.floors --out benchmarks/results/floors``.
+"""The least that a step can cost with the kernels at hand: ``python -m benchmarks.floors --out DIRECTORY``.
 
 A floor is the sum of what no library around the kernels can save: the passes of the model (without weight gradients
 where the gradient is taken as rows), the products, factorisations and solves of all blocks on rows that are there

@@ -1,6 +1,6 @@
 """Write docs/performance.md from the committed measurements: ``python docs/generate_performance.py``.
 
-They are ``growth/growth.json``, ``peers/peers.json`` and ``asv/*/*.json`` in benchmarks/results.
+They are ``peers/peers.json`` and those of ``floors``, ``growth`` and ``asv`` in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -80,10 +80,26 @@ one. So on a CPU the decompositions of all blocks are shared out among threads, 
 which was faster (measured). Small ones, and blocks of the lower half of large Gram matrices, go to the library as
 batches, a product for each of its threads.
 
+**Together.** Under a passive wait policy every call that uses two threads wakes the second one, for 0.05 to 0.1 ms: a
+product of two 32 × 32 matrices takes fifty times as long as with one thread. So kernels and covariances of one size are
+factorised in one call for all blocks, small explicit rows of equal shape have their Grams in one product, KFAC's and
+EKFAC's inverses of small layers are applied to all of them at once, and a single right-hand side is solved for by one
+thread.
+
 **Memory.** glibc gives large blocks back to the system when they are freed and fetches new pages for the next ones; at
 every step the rows of a convolution pay for that. With `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` set to
 some gigabytes in the environment (or with another allocator preloaded) pages are kept, for SGD's activations as well
 as for rows.
+
+## Floors
+
+What a step costs with the kernels alone: the model's passes (without weight gradients where the gradient is taken as
+rows), products, factorisations and solves of all blocks, and the update, each measured by itself on data that are
+there already. Hooks, checks, the rows of norm layers and the composition of a step count nothing. Floor, and behind it
+the whole step of the table above:
+
+{floors}
+{floors_where}
 
 ## Growth
 
@@ -149,6 +165,31 @@ def anatomy(growth: dict[str, Any]) -> str:
     return table(["workload", "SGD step", "TENGraD step", "rows and Gram", "factorisation", "solve"], rows)
 
 
+FLOORS = {
+    "TENGraD, fresh": "curvlib TENGraD, empirical",
+    "TENGraD, refresh 10": "curvlib TENGraD, empirical, refresh 10",
+    "KFAC, refresh 10": "curvlib KFAC, refresh 10",
+    "EKFAC, refresh 10": "curvlib EKFAC, refresh 10",
+}
+"""Method of benchmarks.floors to row of the peers' table."""
+
+
+def floors(measured: dict[str, Any], peers: dict[str, Any]) -> str:
+    """Return floors, each with the ratio of the whole step."""
+    workloads = measured["workloads"]
+    rows = [
+        [
+            method,
+            *(
+                f"{cells['ratios'][method]:.2f} … {peers['workloads'][workload][row]['ratio']:.2f}"
+                for workload, cells in workloads.items()
+            ),
+        ]
+        for method, row in FLOORS.items()
+    ]
+    return table(["method", *workloads], rows)
+
+
 def slopes(growth: dict[str, Any]) -> str:
     """Return measured exponents and the theory's."""
     rows = []
@@ -200,6 +241,7 @@ def history() -> tuple[str, str]:
 def text() -> str:
     """Return the whole page."""
     peers, growth = own_rows(load("peers/peers.json")), load("growth/growth.json")
+    least = load("floors/floors.json")
     machine, past = history()
     return TEXT.format(
         conditions=report.conditions({**peers, "missing": {}, "environment": {**peers["environment"], "packages": {}}}),
@@ -207,6 +249,8 @@ def text() -> str:
         megabytes=report.megabytes(peers),
         anatomy=anatomy(growth),
         growth_where=where(growth["environment"]),
+        floors=floors(least, peers),
+        floors_where=where(least["environment"]),
         growth=slopes(growth),
         product=growth["roofline"]["product"],
         roofline=roofline(growth),

@@ -1,0 +1,53 @@
+"""Floors are sums of the parts of a step, which do what the parts of a real step do."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import floors
+from benchmarks.peers import workloads
+from curvlib.solvers import KFAC, Woodbury
+
+
+def tiny():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
+
+
+@pytest.fixture(autouse=True)
+def workload(monkeypatch):
+    monkeypatch.setitem(workloads.WORKLOADS, "tiny", (tiny, (6, 3, 6, 6)))
+
+
+def test_every_method_has_a_floor():
+    found = floors.floors("tiny", rounds=1)
+    ms, ratios = found["milliseconds"], found["ratios"]
+    assert ratios.keys() == {"TENGraD, fresh", "TENGraD, refresh 10", "KFAC, refresh 10", "EKFAC, refresh 10"}
+    fresh = ms["passes"] + ms["update"] + ms["TENGraD refresh"] + ms["TENGraD solve, own rows"]
+    assert ratios["TENGraD, fresh"] == pytest.approx(fresh / ms["SGD step"])
+    stale = (ms["SGD step"] + ms["TENGraD solve"]) / ms["SGD step"]
+    assert ratios["TENGraD, refresh 10"] == pytest.approx(0.9 * stale + 0.1 * ratios["TENGraD, fresh"])
+
+
+def test_passes_make_no_weight_gradient_and_send_cotangents_through_every_layer():
+    one = floors.Passes("tiny")
+    outputs = []
+    for module in one.model:
+        module.register_forward_hook(lambda module, args, output: outputs.append(output) or output.retain_grad())
+    one.passes()
+    assert all(output.grad is not None for output in outputs)
+    assert all((p.grad == 0).all() for p in one.parameters)
+
+
+@pytest.mark.parametrize("solver", [Woodbury(), KFAC()], ids=str)
+def test_blocks_solve_for_the_gradient_of_the_workload(solver):
+    blocks = floors.Blocks("tiny", solver)
+    model, x, y = workloads.problem("tiny")
+    nn.functional.cross_entropy(model(x), y).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    explicit = [g for part in blocks.parts for g in part.gradients if isinstance(g, dict)]
+    assert sum(len(gradient) for gradient in explicit) == (6 if solver.exact else 4)
+    for gradient in explicit:
+        assert all(any(torch.equal(value, other) for other in expected.values()) for value in gradient.values())
+    blocks.solve()
+    blocks.solve_own()
+    blocks.refresh()
