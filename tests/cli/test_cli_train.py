@@ -29,7 +29,13 @@ def equal(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("name", NAMES)
+USUAL = ("tengrad", "kfac", "spring", "sgd")
+"""Resumed in every run of the tests; the others, which take a minute together, in nightly ones."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in USUAL else pytest.param(name, marks=pytest.mark.nightly) for name in NAMES]
+)
 def test_resume_is_bit_for_bit(tmp_path, name, capsys):
     options = ["--optimizer", name, "--batch-size", "100", "--eval-every", "7", "--eval-samples", "50"]
     if name in SHORTER:
