@@ -13,7 +13,7 @@ __all__ = ["cholesky_factors", "kernel_solutions"]
 _FACTORIZED_TOGETHER_UP_TO = 512
 """Rows up to which one factorisation of a stack beats one a matrix: every call wakes the threads for its own."""
 
-_SOLVED_TOGETHER_UP_TO = 32
+_SOLVED_TOGETHER_UP_TO = 64
 """Rows up to which one solve of a stack beats one a matrix, which keeps a single thread busy."""
 
 
