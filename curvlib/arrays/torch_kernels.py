@@ -93,7 +93,7 @@ def cholesky_solve(factor: Tensor, rhs: Tensor) -> Tensor:
     """Solution of L Lᵀ x = rhs."""
     if factor.is_cuda and factor.shape[:-2].numel() > 1:
         return _solved_together(factor, rhs)
-    if factor.ndim == 2 and rhs.shape[-1] == 1 and factor.device.type == "cpu":
+    if rhs.shape[-1] == 1 and factor.device.type == "cpu":
         # The routine for both would copy the factor first.
         return triangular_solve(factor, triangular_solve(factor, rhs, False), True)
     return torch.cholesky_solve(rhs, factor)

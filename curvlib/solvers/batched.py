@@ -13,8 +13,8 @@ __all__ = ["cholesky_factors", "kernel_solutions"]
 _FACTORIZED_TOGETHER_UP_TO = 512
 """Rows up to which one factorisation of a stack beats one a matrix: every call wakes the threads for its own."""
 
-_SOLVED_TOGETHER_UP_TO = 64
-"""Rows up to which one solve of a stack beats one a matrix, which keeps a single thread busy."""
+_SOLVED_TOGETHER_UP_TO = 128
+"""Rows up to which one solve of a stack beats one a matrix, which keeps a single thread busy and copies nothing."""
 
 
 def cholesky_factors(matrices: Sequence[Array], dampings: Sequence[float]) -> list[Array]:
@@ -75,7 +75,9 @@ def kernel_solutions(factors: Sequence[Array], rhs: Sequence[Array]) -> list[Arr
     if len(factors) == 1 or not _stacking_pays(n, _SOLVED_TOGETHER_UP_TO, where):
         return [cholesky_solve(factor, one) for factor, one in zip(factors, rhs, strict=True)]
     xp = namespace(rhs[0])
-    solutions = cholesky_solve(xp.stack(list(factors)), xp.stack(list(rhs))[:, :, None])
+    # LAPACK leaves factors with their columns in a row, and wants them so: as transposes they are copied as they lie.
+    stack = xp.matrix_transpose(xp.stack([factor.T for factor in factors]))
+    solutions = cholesky_solve(stack, xp.stack(list(rhs))[:, :, None])
     return list(solutions[:, :, 0])
 
 
