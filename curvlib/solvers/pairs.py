@@ -35,6 +35,8 @@ class MatrixInverse(Protocol):
 
 @dataclass(frozen=True)
 class _Posed:
+    """Matrices of a block that wait for others of their shape."""
+
     place: int
     inverse: Any
     matrix: Array
@@ -68,6 +70,7 @@ def solved_all(inverses: Sequence[MatrixInverse], gradients: Sequence[Gradient])
 
 
 def _applied_together(posed: Sequence[_Posed]) -> list[Array]:
+    """What each inverse makes of its matrices, by one inverse of all their groups."""
     xp = namespace(posed[0].matrix)
     several = [one.inverse.stackable() for one in posed]
     joined = {name: xp.concat([arrays[name] for arrays in several], axis=0) for name in several[0]}
