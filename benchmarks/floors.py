@@ -15,7 +15,7 @@ from rich.console import Console
 from torch.nn import functional
 
 import curvlib
-from benchmarks.peers.methods import DAMPING, LR, METHODS, MOMENTUM, NORMS
+from benchmarks.peers.methods import DAMPING, LR, METHODS, MOMENTUM, left_out
 from benchmarks.peers.workloads import WORKLOADS, problem
 from benchmarks.record import circumstances, write
 from benchmarks.suites.blocks import in_turns
@@ -56,13 +56,12 @@ class Blocks:
 
     def __init__(self, workload, solver):
         model, x, y = problem(workload)
-        exact = [] if solver.exact else [name for name, module in model.named_modules() if isinstance(module, NORMS)]
+        exact = left_out(model, solver)
         rows = curvlib.collect(
             model, curvlib.Empirical(), x, loss=lambda outputs: functional.cross_entropy(outputs, y), rest="freeze"
         )
         functional.cross_entropy(model(x), y).backward()
         parameters = dict(model.named_parameters())
-        # Norm layers, which Kronecker methods leave out, are solved exactly.
         self.parts = []
         for own, names in ((Woodbury(), exact), (solver, [name for name in rows if name not in exact])):
             factors = [rows[name] for name in names]

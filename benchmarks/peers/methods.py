@@ -85,12 +85,14 @@ def adam(model, x, y):
     return ordinary(model, x, y, torch.optim.Adam(model.parameters(), lr=LR))
 
 
+def left_out(model, solver):
+    """Names of the norm layers, where a solver leaves them to an exact one."""
+    return [] if solver.exact else [name for name, module in model.named_modules() if isinstance(module, NORMS)]
+
+
 def composed(model, x, y, fisher, solver, period, fused=False, backend="torch"):
     """curvlib: estimate and inverse at every refresh; norm layers, which Kronecker methods leave out, exactly."""
-    solvers = {"*": solver}
-    if not solver.exact:
-        norms = [name for name, module in model.named_modules() if isinstance(module, NORMS)]
-        solvers = {**dict.fromkeys(norms, Woodbury()), **solvers}
+    solvers = {**dict.fromkeys(left_out(model, solver), Woodbury()), "*": solver}
     optimizer = curvlib.compose(
         model, fisher=fisher, solver=solvers, damping=DAMPING, refresh=period, lr=LR, fused=fused,
         backend=backend,

@@ -44,9 +44,6 @@ def likely_axis(
     x: Sequence[int], y: Sequence[int], samples: int, positionwise: bool, known: int | None = None
 ) -> int | None:
     """Sample axis by what is known of the call and its sizes; None where nothing fits."""
-    common = min(len(x), len(y)) if positionwise else 1
-    if known is not None and 0 <= known < common and x[known] == y[known] == samples:
-        return known
     axes = possible_axes(x, y, samples, positionwise)
     if known in axes or known == ALONE:
         return known

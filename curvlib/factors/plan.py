@@ -81,14 +81,11 @@ class Plan:
         self.routes = dict(routes or {})
         self.timed = timed
         self.measured: dict[tuple[str, Sizes], str] = {}
-        self._blocks: dict[str, BlockPlan] = {}
 
     def of(self, block: str) -> BlockPlan:
         """Return the plan of one block."""
-        if block not in self._blocks:
-            matching = (route for pattern, route in self.routes.items() if fnmatchcase(block, pattern))
-            self._blocks[block] = BlockPlan(self, next(matching, Route()))
-        return self._blocks[block]
+        matching = (route for pattern, route in self.routes.items() if fnmatchcase(block, pattern))
+        return BlockPlan(self, next(matching, Route()))
 
 
 @dataclass(frozen=True, eq=False)

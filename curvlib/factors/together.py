@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from curvlib.arrays import Array, device, namespace, self_product
@@ -34,39 +34,34 @@ def grams(several: Sequence[Factors], multiples: Sequence[float] | None = None) 
     list
         New arrays of shape ``(rows, rows)``.
     """
-    totals: list[Any] = [None] * len(several)
-    matrices, places = [], []
-    for place, factors in enumerate(several):
-        base, _ = _unscaled(factors)
-        if type(base) is Dense:
-            matrices += [array.reshape(array.shape[0], -1) for array in base.values.values()]
-            places += [place] * len(base.values)
-        else:
-            totals[place] = base.gram()
-    for place, product in zip(places, _self_products(matrices), strict=True):
-        totals[place] = product if totals[place] is None else totals[place] + product
-    for place, factors in enumerate(several):
-        _, scale = _unscaled(factors)
-        multiple = scale**2 * (1.0 if multiples is None else multiples[place])
-        if multiple != 1:
-            totals[place] *= multiple
-    return totals
+
+    def matrices(rows: Dense) -> list[Array]:
+        return [array.reshape(array.shape[0], -1) for array in rows.values.values()]
+
+    return _totals(several, matrices, lambda factors: factors.gram(), multiples)
 
 
 def covariances(several: Sequence[Factors]) -> list[Array]:
     """`Factors.covariance` of each of several blocks, new arrays of shape ``(parameters, parameters)``."""
-    totals: list[Any] = [None] * len(several)
-    matrices, places = [], []
-    for place, factors in enumerate(several):
-        base, _ = _unscaled(factors)
-        if type(base) is Dense:
-            matrices.append(base.matrix().T)
-            places.append(place)
-        else:
-            totals[place] = factors.covariance()
-    for place, product in zip(places, _self_products(matrices), strict=True):
-        _, scale = _unscaled(several[place])
-        totals[place] = product if scale == 1 else product * scale**2
+    return _totals(several, lambda rows: [rows.matrix().T], lambda factors: factors.covariance())
+
+
+def _totals(
+    several: Sequence[Factors],
+    matrices: Callable[[Dense], list[Array]],
+    otherwise: Callable[[Factors], Array],
+    multiples: Sequence[float] | None = None,
+) -> list[Array]:
+    """For each block the sum of A Aᵀ over the matrices of its explicit rows, or what other kinds have instead."""
+    apart = [_unscaled(factors) for factors in several]
+    explicit = [(place, one) for place, (base, _) in enumerate(apart) if type(base) is Dense for one in matrices(base)]
+    totals: list[Any] = [None if type(base) is Dense else otherwise(base) for base, _ in apart]
+    for (place, _), product in zip(explicit, _self_products([one for _, one in explicit]), strict=True):
+        totals[place] = product if totals[place] is None else totals[place] + product
+    for place, (_, scale) in enumerate(apart):
+        multiple = scale**2 * (1.0 if multiples is None else multiples[place])
+        if multiple != 1:
+            totals[place] *= multiple
     return totals
 
 

@@ -60,7 +60,7 @@ def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if kind is tuple or kind is list:
         return kind([function(item) if isinstance(item, Tensor) else mapped(function, item) for item in tree])
     if kind is dict:
-        return {key: mapped(function, item) for key, item in tree.items()} if tree else {}
+        return {key: mapped(function, item) for key, item in tree.items()}
     if kind in _PLAIN:
         return tree
 

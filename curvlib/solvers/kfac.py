@@ -67,7 +67,7 @@ class KFACInverse:
     inputs: Array
     cotangents: Array
     layout: KroneckerLayout
-    explicit: tuple[bool, bool] = (True, True)
+    explicit: tuple[bool, bool]
 
     def stackable(self) -> Mapping[str, Array] | None:
         return {"inputs": self.inputs, "cotangents": self.cotangents} if all(self.explicit) else None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from curvlib.arrays import Array, device, namespace
+from curvlib.arrays import Array, altered, device, namespace
 from curvlib.factors import Factors, KroneckerLayout
 from curvlib.solvers.base import Gradient, as_vector, check_block
 
@@ -74,7 +74,7 @@ def _applied_together(posed: Sequence[_Posed]) -> list[Array]:
     xp = namespace(posed[0].matrix)
     several = [one.inverse.stackable() for one in posed]
     joined = {name: xp.concat([arrays[name] for arrays in several], axis=0) for name in several[0]}
-    whole = type(posed[0].inverse)(**joined, layout=posed[0].inverse.layout)
+    whole = altered(posed[0].inverse, **joined)
     result, start, made = whole.apply(xp.concat([one.matrix for one in posed], axis=0)), 0, []
     for one in posed:
         made.append(result[start : start + one.matrix.shape[0]])
