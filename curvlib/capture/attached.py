@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from weakref import ref
@@ -22,6 +23,15 @@ class Silence:
 
     def __init__(self) -> None:
         self.on = False
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep it for a while."""
+        before, self.on = self.on, True
+        try:
+            yield
+        finally:
+            self.on = before
 
 
 class Hook:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from curvlib.arrays import Deferred
 from curvlib.capture.attached import Hooks
-from curvlib.capture.rows import Pass, joined
+from curvlib.capture.records import Pass
+from curvlib.capture.rows import joined
 from curvlib.factors import Factors
 from curvlib.layers import Block
 

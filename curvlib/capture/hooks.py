@@ -29,8 +29,11 @@ from curvlib.capture.attached import Hooks, Silence, owners
 from curvlib.capture.autocast import without_autocast
 from curvlib.capture.axes import spread
 from curvlib.capture.handover import Taken, Withholding, gradient_rows
+from curvlib.capture.making import RowMaker
 from curvlib.capture.outputs import Output, likelihood_outputs, output_cotangents
-from curvlib.capture.rows import Pass, Place, Record, block_factors, joined, pull_back
+from curvlib.capture.pulling import pull_back
+from curvlib.capture.records import Pass, Place, Record
+from curvlib.capture.rows import joined
 from curvlib.capture.verify import verify
 from curvlib.errors import NonFiniteError
 from curvlib.factors import Factors, Plan
@@ -84,8 +87,7 @@ class Capture:
         self.armed = True
         self.lenient = False  # whether a pass that is not finite is left out instead of refused
         self.deferring = False  # whether the check of outputs is left to whoever takes the rows
-        self.plan = Plan() if plan is None else plan
-        self.compacting: frozenset[str] = frozenset()  # blocks whose rows are wanted in their compact form
+        self.rows = RowMaker(Plan() if plan is None else plan)
         self._output = output
         self._every_pass = every_pass
         self._unchecked = check
@@ -111,7 +113,7 @@ class Capture:
     def _attach(self) -> None:
         for block in self.blocks:
             for use in block.uses:
-                self._hooks.after(use.module, self._recorder(use), with_kwargs=True)
+                self._hooks.after(use.module, self._recorder(block, use), with_kwargs=True)
         for module in self._model.modules():
             adapter = adapter_for(type(module))
             if adapter is not None and adapter.couples_samples:
@@ -129,6 +131,7 @@ class Capture:
         self._attach()
         self.hand_over(always, with_curvature=handed)
         self._checked, self._unchecked = 0, self._check
+        self.rows.forget(blocks)
 
     def detach(self) -> None:
         """Remove every hook; the model is as it was."""
@@ -207,6 +210,8 @@ class Capture:
         factors = joined([one.factors for one in passes], self.blocks, observations)
         handed = [self._factors(one, one.handed) for one in passes]
         gradients = gradient_rows(passes, handed, factors, self.blocks, observations, scale)
+        for one in passes:
+            one.factors = {}  # the graph of a loss that is kept holds its pass
         return Taken(factors, gradients, [one.checks for one in passes if one.checks is not None])
 
     # -- hooks --------------------------------------------------------------------------------------------------------
@@ -246,7 +251,7 @@ class Capture:
             self._current = None
         self._withholding.restore()
 
-    def _recorder(self, use: Use) -> Callable[..., Any]:
+    def _recorder(self, block: Block, use: Use) -> Callable[..., Any]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             handed = self._withholding.just_withheld(module)
             if self._current is None or not self._listening() or not (handed or self._current.armed):
@@ -285,7 +290,7 @@ class Capture:
             followed = curvature and (self._unchecked or not both)  # whether cotangents will be sent there
             for index, place in enumerate(places):
                 if place is not None and (handed or both):
-                    place.tensor.register_hook(self._keeper(of_loss, index))  # type: ignore[no-untyped-call]  # in torch
+                    place.tensor.register_hook(self._keeper(block, use, of_loss, index))  # type: ignore[no-untyped-call]  # in torch
                 call.edges.append(None if place is None else place.release(followed))
             if curvature:
                 self._current.records.setdefault(use, []).append(call)
@@ -339,24 +344,26 @@ class Capture:
         """Do what can be done before the loss exists: all, unless rows are the loss's own."""
         current.observations = self.fisher.observations(outputs)
         current.settle(int(outputs.shape[0]))
-        self._silence.on = True
-        try:
+        with self._silence.kept():
             if self._unchecked and current.armed and current.samples > self._checked:
                 verify(self.blocks, current, outputs)
                 # A single sample does not show where samples are; the first batch of more is checked too.
                 self._checked, self._unchecked = 1, current.samples == 1
             if current.armed and not self.fisher.needs_backward:
                 self._pull_back(current, outputs)
-        finally:
-            self._silence.on = False
         if current.armed and not self.fisher.needs_backward:
             current.factors = self._factors(current, current.records)
             current.records.clear()
 
-    def _keeper(self, call: Record, index: int) -> Callable[[Tensor], None]:
+    def _keeper(self, block: Block, use: Use, call: Record, index: int) -> Callable[[Tensor], None]:
+        current = self._current
+
         def keep(gradient: Tensor) -> None:
-            if not self._silence.on:
-                call.arrived_too(index, gradient.detach())
+            if self._silence.on:
+                return
+            call.arrived_too(index, gradient.detach())
+            if current is not None:
+                self.rows.at_once(block, use, call, current)
 
         return keep
 
@@ -378,23 +385,6 @@ class Capture:
             columns = output_cotangents(self.fisher, outputs, self.generator)
         self._batched = pull_back(edges, outputs, columns, self._batched)
 
-    def _factors(self, current: Pass, records: Mapping[Use, list[Record]], scale: float = 1.0) -> dict[str, Factors]:
-        made: dict[str, Factors] = {}
-        self._silence.on = True  # the fallback calls modules again, which is no pass
-        try:
-            for block in self.blocks if records else ():
-                rows = block_factors(block, current, records)
-                if rows is None:
-                    continue
-                rows = rows.planned(self.plan.of(block.name))
-                rows = rows if scale == 1 else rows.scaled(scale)
-                if block.name in self.compacting:
-                    # One block after the other, so that cotangents and explicit rows are not all there at once.
-                    rows = rows.compact()
-                    for use in block.uses:
-                        for call in records.get(use, ()):
-                            call.forget()
-                made[block.name] = rows
-        finally:
-            self._silence.on = False
-        return made
+    def _factors(self, one: Pass, records: Mapping[Use, list[Record]], scale: float = 1.0) -> dict[str, Factors]:
+        with self._silence.kept():  # the fallback calls modules again, which is no pass
+            return self.rows.of_pass(one, records, self.blocks, scale)

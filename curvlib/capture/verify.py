@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from curvlib.capture.axes import ALONE, possible_axes, told_by
-from curvlib.capture.rows import Pass, Record, block_factors, gradients, pull_back
+from curvlib.capture.pulling import gradients, pull_back
+from curvlib.capture.records import Pass, Record
+from curvlib.capture.rows import block_factors
 from curvlib.errors import CaptureError
 from curvlib.layers import Block
 from curvlib.layers.tree import tensors
@@ -33,8 +35,8 @@ _MIXING = "the model mixes samples outside any module known to do so, or has the
 _COLUMNS = 2
 """More than one, so that an adapter that confuses columns with samples is found out too."""
 
-_HELD = 1 << 23
-"""Elements of cotangents that are held at a time (32 MiB in float32)."""
+_HELD = 1 << 22
+"""Elements of cotangents that are held at a time (16 MiB in float32)."""
 
 
 def verify(blocks: Sequence[Block], current: Pass, outputs: Tensor) -> None:
@@ -167,8 +169,9 @@ def _largest_share(calls: Sequence[Record]) -> float:
     inputs = [
         x.detach() for call in calls for x in tensors((call.args, call.kwargs)) if x.is_floating_point() and x.numel()
     ]
-    size = math.sqrt(sum(float(g.double().square().sum()) for g in cotangents))
-    return size * max([1.0, *(float(x.abs().max()) for x in inputs)])
+    sizes = [float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in cotangents]
+    largest = [max(-float(low), float(high)) for low, high in map(torch.aminmax, inputs)]
+    return math.hypot(*sizes) * max([1.0, *largest])
 
 
 def _compare(

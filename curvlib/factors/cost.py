@@ -23,6 +23,7 @@ __all__ = [
     "sample_chunk",
     "table_chunk",
     "table_is_cheaper_to_keep",
+    "unfold_chunk",
 ]
 
 _PASS = 16
@@ -42,6 +43,9 @@ _TEMPORARY = 1 << 24
 
 _GROUPED = 5 << 19
 """Elements of rows up to which one grouped weight gradient is fast (10 MiB in float32; 20 take seven times as long)."""
+
+_UNFOLDED = 1 << 20
+"""Elements of patches up to which they are made for all samples at once (4 MiB in float32)."""
 
 _KEEP = 24
 """Positions from which explicit rows, read once, beat factored products that touch every position."""
@@ -122,6 +126,13 @@ def grouped_chunk(sizes: Sizes) -> int:
     """Samples whose rows are taken in one grouped weight gradient, so that they stay in the cache while reordered."""
     a_sample = sizes.groups * sizes.d_in * sizes.d_out
     return max(1, sizes.n if sizes.n * a_sample <= _GROUPED else _GROUPED // a_sample)
+
+
+def unfold_chunk(sizes: Sizes) -> int:
+    """Samples whose patches are unfolded at a time, so that they are still in the cache when they are multiplied."""
+    a_sample = sizes.groups * sizes.d_in * sizes.positions
+    parts = -(-sizes.n * a_sample // _UNFOLDED)
+    return -(-sizes.n // min(parts, sizes.n))
 
 
 class PositionsFirst(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,11 @@ class Kernel(NamedTuple):
     stride: Sequence[int]
     dilation: Sequence[int]
     padding: Sequence[int]
+
+    @property
+    def taps(self) -> int:
+        """Number of its elements."""
+        return prod(self.size)
 
     @property
     def line_axis(self) -> int:

@@ -22,6 +22,7 @@ from curvlib.factors.shared import rename
 from curvlib.layers.autocorrelation import Kernel, patch_moments, patch_sums, position_moments, windows
 from curvlib.layers.linear import trainable
 from curvlib.layers.registry import register
+from curvlib.layers.sample_gradients import grouped_gradients, unfolded_gradients, weight_gradient
 
 __all__ = ["ConvolutionFactors", "convolution"]
 
@@ -87,7 +88,7 @@ class ConvolutionFactors(Factors):
     def patches(self) -> SharedOuter:
         """Return the same rows as a sum over positions of patches (the unfolded input)."""
         n, columns, d_out = self.cotangents.shape[:3]
-        overlapping, dims = self._windows(), len(self.stride)
+        overlapping, dims = windows(self.images, self._kernel), len(self.stride)
         # (n, channels, *positions, *kernel) -> (n, positions, groups, channels / groups · kernel)
         overlapping = overlapping.reshape(n, self.groups, -1, *overlapping.shape[2:])
         order = (0, *range(3, 3 + dims), 1, 2, *range(3 + dims, 3 + 2 * dims))
@@ -108,79 +109,35 @@ class ConvolutionFactors(Factors):
         values = {}
         if self.weight is not None:
             g = [self.cotangents[:, column] for column in range(columns)]
-            rows = self._grouped_weight_gradient(g) if self._rows_route() == "grouped" else self._unfolded_rows(g)
+            rows = self._grouped_rows(g) if self._rows_route() == "grouped" else self._unfolded_rows(g)
             values[self.weight] = rows[0] if columns == 1 else torch.stack(rows, dim=1).flatten(0, 1)
         if self.bias is not None:
             values[self.bias] = self.cotangents.flatten(3).sum(-1).reshape(n * columns, -1)
         return Dense(values, samples=self.samples)
 
     def _rows_route(self) -> str:
-        taps = torch.Size(self.weight_shape[2:]).numel()
-        pays = cost.grouped_gradient_pays(self.sizes, self.weight_shape[1], taps)
+        pays = cost.grouped_gradient_pays(self.sizes, self.weight_shape[1], self._kernel.taps)
         default = "grouped" if pays else "unfold"
         if self.plan is None:
             return default
         g = [self.cotangents[:, 0]]
         candidates = {
-            "grouped": lambda: self._grouped_weight_gradient(g)[0],
+            "grouped": lambda: self._grouped_rows(g)[0],
             "unfold": lambda: self._unfolded_rows(g)[0],
         }
         return self.plan.choose("rows", self.sizes, default, candidates)
 
-    def _grouped_weight_gradient(self, columns: Sequence[Tensor]) -> list[Tensor]:
-        # Samples become groups of one big convolution, whose ordinary weight gradient holds a row for each sample.
-        n = columns[0].shape[0]
+    def _grouped_rows(self, columns: Sequence[Tensor]) -> list[Tensor]:
         step = cost.grouped_chunk(self.sizes)
-
-        def rows(g: Tensor, images: Tensor) -> Tensor:
-            some, d_out = g.shape[:2]
-            weight = g.new_empty(some * d_out, *self.weight_shape[1:])  # never read, but copied if it had no memory
-            g, images = g.reshape(1, some * d_out, *g.shape[2:]), images.reshape(1, -1, *images.shape[2:])
-            return self._weight_gradient(g, images, weight, some * self.groups).reshape(some, *self.weight_shape)
-
-        if step >= n or self.images.device.type != "cpu":
-            return [rows(g, self.images) for g in columns]
-        result = [g.new_empty(n, *self.weight_shape) for g in columns]
-        for start in range(0, n, step):
-            for whole, g in zip(result, columns, strict=True):
-                whole[start : start + step] = rows(g[start : start + step], self.images[start : start + step])
-        return result
+        return grouped_gradients(columns, self.images, self.weight_shape, self._kernel, self.groups, step)
 
     def _unfolded_rows(self, columns: Sequence[Tensor]) -> list[Tensor]:
-        # A product of cotangents and patches for each sample and group; positions come last in both.
-        n, d_out = columns[0].shape[:2]
-        dims = len(self.stride)
-        overlapping = self._windows()
-        order = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-        patches = overlapping.permute(order).reshape(n * self.groups, self.sizes.d_in, -1).mT
-        return [
-            torch.bmm(g.reshape(n * self.groups, d_out // self.groups, -1), patches).reshape(n, *self.weight_shape)
-            for g in columns
-        ]
-
-    def _windows(self) -> Tensor:
-        """Overlapping view of the images, shape ``(n, channels, *positions, *kernel)``."""
-        return windows(self.images, self._kernel)
+        step = cost.unfold_chunk(self.sizes)
+        return unfolded_gradients(columns, self.images, self.weight_shape, self._kernel, self.groups, step)
 
     @property
     def _kernel(self) -> Kernel:
         return Kernel(self.weight_shape[2:], self.stride, self.dilation, self.padding)
-
-    def _weight_gradient(self, cotangents: Tensor, images: Tensor, weight: Tensor, groups: int) -> Tensor:
-        _, gradient, _ = torch.ops.aten.convolution_backward(
-            cotangents,
-            images,
-            weight,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            [0] * len(self.stride),
-            groups,
-            [False, True, False],
-        )
-        return gradient  # type: ignore[no-any-return]  # torch.ops is untyped
 
     # -- algebra ------------------------------------------------------------------------------------------------------
 
@@ -249,8 +206,7 @@ class ConvolutionFactors(Factors):
         weighted = self._weighted(weights).cotangents.sum(dim=1)
         result = {}
         if self.weight is not None:
-            weight = weighted.new_empty(self.weight_shape)
-            result[self.weight] = self._weight_gradient(weighted, self.images, weight, self.groups)
+            result[self.weight] = weight_gradient(weighted, self.images, self.weight_shape, self._kernel, self.groups)
         if self.bias is not None:
             result[self.bias] = weighted.flatten(2).sum(-1).sum(0)
         return result

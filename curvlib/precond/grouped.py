@@ -141,7 +141,7 @@ class Grouped(torch.optim.Optimizer):
     @property
     def plan(self) -> Plan:
         """Which exact routes Factors take."""
-        return self._capture.plan
+        return self._capture.rows.plan
 
     @property
     def refresh(self) -> Refresh:  # documented on the class
@@ -231,7 +231,7 @@ class Grouped(torch.optim.Optimizer):
         self._capture.watch(blocks)
         # A look at fresh rows that may not be used should not cost their compact form.
         looks = self.refresh.tolerance is not None
-        self._capture.compacting = frozenset(name for name in wanted if wanted[name].keeps_rows and not looks)
+        self._capture.rows.compacting = frozenset(name for name in wanted if wanted[name].keeps_rows and not looks)
         self._wanting = self._wanting & kept | frozenset(new)
         self._capture.armed = self._capture.armed or bool(self._wanting)
         if self._fused:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import curvlib
-from curvlib.capture.rows import Pass
+from curvlib.capture.records import Pass
 
 
 @pytest.fixture(params=FISHERS)

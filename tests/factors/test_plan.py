@@ -67,11 +67,12 @@ def test_every_route_equals_the_dense_rows(name, plan):
 CONVOLUTIONS = [name for name in SHAPES if "conv" in name or "padding" in name or "dil" in name]
 
 
+@pytest.mark.parametrize(("route", "limit"), [("grouped", "_GROUPED"), ("unfold", "_UNFOLDED")])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_a_grouped_weight_gradient_by_parts_equals_the_whole(name, monkeypatch):
-    plan = PLANS["grouped, rows, rows"]
+def test_rows_of_a_convolution_by_parts_equal_the_whole(name, route, limit, monkeypatch):
+    plan = PLANS[f"{route}, rows, rows"]
     whole = {block: rows.dense() for block, rows in rows_of(name, plan).items()}
-    monkeypatch.setattr(cost, "_GROUPED", 1)
+    monkeypatch.setattr(cost, limit, 1)
     for block, rows in rows_of(name, plan).items():
         for parameter, values in rows.dense().values.items():
             close(values, whole[block].values[parameter], 1e-12)

@@ -10,6 +10,7 @@ import curvlib
 from curvlib.errors import CaptureError
 from curvlib.layers import fallback, register
 from curvlib.layers.channels import batch_rows
+from curvlib.solvers import Diagonal
 
 INPUTS = {
     "vectors": (nn.BatchNorm1d, numbers(5, 3)),
@@ -213,13 +214,26 @@ def test_a_user_declares_what_couples_samples(monkeypatch):
             assert_same(total, gradient)
 
 
-def test_a_change_of_mode_between_forward_and_step_is_refused():
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
-    optimizer = curvlib.compose(model, fisher=curvlib.Empirical(), solver=curvlib.Woodbury(), damping=1.0, lr=0.1)
-    functional.cross_entropy(model(numbers(6, 4)), torch.arange(6) % 3).backward()
-    model.eval()
-    with pytest.raises(CaptureError, match="block '1'.*between training and eval mode"):
+@pytest.mark.parametrize("solver", [curvlib.Woodbury(), Diagonal()])
+def test_a_change_of_mode_before_rows_are_made_is_refused(solver):
+    """Rows of a solver that keeps them explicitly are made inside backward, those of others in the step."""
+    moved = []
+    for when in ("never", "after backward", "before backward"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+        optimizer = curvlib.compose(model, fisher=curvlib.Empirical(), solver=solver, damping=1.0, lr=0.1)
+        loss = functional.cross_entropy(model(numbers(6, 4)), torch.arange(6) % 3)
+        model.train(when != "before backward")
+        loss.backward()
+        model.train(when == "never")
+        if when == "before backward" or (when == "after backward" and not solver.keeps_rows):
+            with pytest.raises(CaptureError, match="block '1'.*between training and eval mode"):
+                optimizer.step()
+            continue
         optimizer.step()
+        moved.append(model.state_dict())
+    for name, value in moved[0].items():
+        assert torch.equal(value, moved[-1][name])
 
 
 def test_batch_statistics_inside_the_fallback_are_refused(monkeypatch):

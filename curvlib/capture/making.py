@@ -1,0 +1,118 @@
+"""When rows are made: of a whole pass at once, or of a call as soon as its cotangent arrives.
+
+Explicit rows hold neither the input nor the cotangent that they were made of. Made inside backward, they let both go
+there, so that backward frees the network's tensors layer by layer, as it does without curvature, instead of leaving the
+inputs and cotangents of all layers to the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+
+from curvlib.capture.autocast import without_autocast
+from curvlib.capture.records import Pass, Record
+from curvlib.capture.rows import block_factors
+from curvlib.errors import CurvatureError
+from curvlib.factors import Dense, Factors, Plan
+from curvlib.layers import Block, Use
+
+__all__ = ["RowMaker"]
+
+
+class RowMaker:
+    """Makes rows of the calls that passes recorded.
+
+    Parameters
+    ----------
+    plan
+        Which exact routes the Factors take.
+
+    Attributes
+    ----------
+    compacting
+        Names of the blocks whose rows are wanted in their compact form.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.compacting: frozenset[str] = frozenset()
+        self._factored: set[tuple[Use, torch.Size]] = set()  # calls whose compact form is not explicit, by their sizes
+
+    def of_pass(
+        self, current: Pass, records: Mapping[Use, list[Record]], blocks: Sequence[Block], scale: float = 1.0
+    ) -> dict[str, Factors]:
+        """Factors of all blocks that had a part in a pass, from calls whose cotangents have arrived.
+
+        Parameters
+        ----------
+        current, records
+            Pass, and its calls to make rows of.
+        blocks
+            All blocks.
+        scale
+            What rows are multiplied by.
+
+        Raises
+        ------
+        CaptureError
+            If exact rows cannot be formed.
+        """
+        made: dict[str, Factors] = {}
+        for block in blocks if records else ():
+            rows = block_factors(block, current, records)
+            if rows is None:
+                continue
+            rows = rows.planned(self.plan.of(block.name))
+            rows = rows if scale == 1 else rows.scaled(scale)
+            if block.name in self.compacting:
+                # One block after the other, so that cotangents and explicit rows are not all there at once.
+                rows = rows.compact()
+                for use in block.uses:
+                    for call in records.get(use, ()):
+                        call.forget()
+            made[block.name] = rows
+        return made
+
+    def at_once(self, block: Block, use: Use, call: Record, current: Pass) -> None:
+        """Make the rows of a call whose cotangent has just arrived, where they are explicit and nothing follows.
+
+        Called inside backward. Whatever is wrong is left to `of_pass` to say, so that backward ends as it would have.
+
+        Parameters
+        ----------
+        block, use
+            Whose module was called.
+        call, current
+            The call, and the pass that it is of.
+        """
+        if block.name not in self.compacting or len(block.uses) > 1 or not current.samples or _graph_is_kept():
+            return
+        if not use.adapter.closed_form or len(call.places) != 1 or current.calls(use) != 1:
+            return
+        arrived = call.cotangents[0]
+        if arrived is None or (use, arrived.shape) in self._factored:
+            return
+        with without_autocast(arrived.device):
+            try:
+                rows = block_factors(block, current, {use: [call]})
+                compact = None if rows is None else rows.planned(self.plan.of(block.name)).compact()
+            except CurvatureError:
+                return
+        if type(compact) is Dense:
+            call.forget()
+            call.made = compact
+        else:
+            self._factored.add((use, arrived.shape))
+
+    def forget(self, blocks: Collection[Block]) -> None:
+        """Forget what is known of the calls of other blocks than these."""
+        uses = {use for block in blocks for use in block.uses}
+        self._factored = {known for known in self._factored if known[0] in uses}
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that runs may be followed by another one through the same graph."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
