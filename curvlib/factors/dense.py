@@ -111,7 +111,15 @@ class Dense(Factors):
     def restricted(self, names: Collection[str]) -> Dense:
         return Dense({name: array for name, array in self.values.items() if name in names}, samples=self.samples)
 
-    def scaled(self, scale: Array | float) -> Dense:
+    def scaled(self, scale: Array | float) -> Factors:
+        from curvlib.factors.scaled import Scaled
+
+        if isinstance(scale, float | int):
+            return Scaled(self, float(scale), samples=self.samples)
+        return self.weighted(scale)
+
+    def weighted(self, scale: Array | float) -> Dense:
+        """Return what `scaled` does, multiplied out."""
         rows = (len(self),)
         values = {name: array * spread(scale, rows, array.ndim) for name, array in self.values.items()}
         return Dense(values, samples=self.samples)

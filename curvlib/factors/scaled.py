@@ -40,7 +40,7 @@ class Scaled(Factors):
         return rows.with_samples(self.normalizer)
 
     def dense(self) -> Dense:
-        return dataclasses.replace(self.base.dense().scaled(self.scale), samples=self.samples)
+        return dataclasses.replace(self.base.dense().weighted(self.scale), samples=self.samples)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
