@@ -1,13 +1,14 @@
 """The least that a step can cost with the kernels at hand: ``python -m benchmarks.floors --out DIRECTORY``.
 
 A floor is the sum of what no library around the kernels can save: the passes of the model (without weight gradients
-where the gradient is taken as rows), the products, factorisations and solves of all blocks on rows that are there
-already, and the update of the parameters, each measured alone, in turns with a step of SGD. Hooks, checks and the
-composition of a step count nothing.
+where the gradient is taken as rows), explicit rows, the products, factorisations and solves of all blocks, and the
+update of the parameters, each measured alone, in turns with a step of SGD. Hooks, checks and the composition of a step
+count nothing.
 """
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from benchmarks.peers.methods import DAMPING, LR, METHODS, MOMENTUM, left_out
 from benchmarks.peers.workloads import WORKLOADS, problem
 from benchmarks.record import circumstances, write
 from benchmarks.suites.blocks import in_turns
+from curvlib.factors import Dense, Scaled
+from curvlib.layers import adapter_for
 from curvlib.solvers import EKFAC, KFAC, Woodbury
 
 PERIOD = 10
@@ -52,16 +55,21 @@ class Passes:
 
 
 class Blocks:
-    """Products, factorisations and solves of all blocks of a workload, on rows that are there."""
+    """Explicit rows, products, factorisations and solves of all blocks of a workload."""
 
     def __init__(self, workload, solver):
         model, x, y = problem(workload)
         exact = left_out(model, solver)
+        calls = _calls(model)
         rows = curvlib.collect(
             model, curvlib.Empirical(), x, loss=lambda outputs: functional.cross_entropy(outputs, y), rest="freeze"
         )
+        calls.clear()
         functional.cross_entropy(model(x), y).backward()
         parameters = dict(model.named_parameters())
+        # Rows that an adapter makes explicitly; those of other kinds become explicit when a solver takes them.
+        explicit = [name for name, one in rows.items() if type(one.base if type(one) is Scaled else one) is Dense]
+        self.explicit = [_adapted(model.get_submodule(name), *calls[name]) for name in explicit]
         self.parts = []
         for own, names in ((Woodbury(), exact), (solver, [name for name in rows if name not in exact])):
             factors = [rows[name] for name in names]
@@ -75,6 +83,9 @@ class Blocks:
         self.from_rows = all(part.from_rows for part in self.parts)
 
     def refresh(self):
+        with torch.no_grad():
+            for rows in self.explicit:
+                rows()
         for part in self.parts:
             part.refresh()
 
@@ -87,6 +98,29 @@ class Blocks:
         for part in self.parts:
             own = [getattr(inverse, "factors", rows) for inverse, rows in zip(part.inverses, part.factors, strict=True)]
             part.solver.solve_all(part.inverses, own)
+
+
+def _calls(model):
+    """Name of each module to what goes in and the cotangent that comes back, of the pass that follows."""
+    calls = {}
+
+    def hook(name):
+        def note(module, args, output):
+            calls[name] = [args[0].detach()]
+            if output.requires_grad:
+                output.register_hook(calls[name].append)
+
+        return note
+
+    for name, module in model.named_modules():
+        if adapter_for(type(module)) is not None:
+            module.register_forward_hook(hook(name))
+    return calls
+
+
+def _adapted(module, x, g):
+    adapter = adapter_for(type(module))
+    return partial(adapter.function, module, x, g[:, None] if adapter.columns else g)
 
 
 class _Part:

@@ -94,10 +94,10 @@ as for rows.
 ## Floors
 
 What a step costs with the kernels alone: the model's passes (without weight gradients where the gradient is taken as
-rows), products, factorisations and solves of all blocks, and the update, each measured by itself on data that are
-there already. Hooks, checks, the rows of norm layers and the composition of a step count nothing. The parts take turns,
-so that each finds cold caches; a step that finds its data warm can be faster than their sum. Floor, and behind it the
-whole step of the table above:
+rows), explicit rows, products, factorisations and solves of all blocks, and the update, each measured by itself on data
+that are there already. Hooks, checks and the composition of a step count nothing. The parts take turns, so that each
+finds cold caches; a step that finds its data warm can be faster than their sum. Floor, and behind it the whole step of
+the table above:
 
 {floors}
 {floors_where}

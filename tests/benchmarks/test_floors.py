@@ -48,6 +48,10 @@ def test_blocks_solve_for_the_gradient_of_the_workload(solver):
     assert sum(len(gradient) for gradient in explicit) == (6 if solver.exact else 4)
     for gradient in explicit:
         assert all(any(torch.equal(value, other) for other in expected.values()) for value in gradient.values())
+    with torch.no_grad():
+        (norm,) = [rows() for rows in blocks.explicit]
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(norm.values[name].sum(0), expected[f"1.{name}"])
     blocks.solve()
     blocks.solve_own()
     blocks.refresh()
