@@ -47,8 +47,9 @@ class Place:
         if self._layout is None:
             return gradient
         of_base, stride, offset = self._layout
-        laid_out = torch.empty_strided(*of_base, dtype=gradient.dtype, device=gradient.device)
-        return laid_out.copy_(gradient).as_strided(self.shape, stride, offset)
+        if gradient.stride() != of_base[1]:
+            gradient = torch.empty_strided(*of_base, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+        return gradient.as_strided(self.shape, stride, offset + gradient.storage_offset())
 
 
 @dataclass(eq=False)

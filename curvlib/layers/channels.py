@@ -62,12 +62,11 @@ def batch_rows(x: Tensor, g: Tensor, eps: float, weight: str, bias: str | None) 
         normalized = torch.nn.functional.batch_norm(x, None, None, training=True, eps=eps)
         return channel_rows(normalized, g, weight, bias)
     # The fastest kernel that has moments: of each sample's channels, and of the batch by them.
-    _, means, deviations = torch.native_group_norm(x, None, None, n, channels, positions, channels, 0.0)
-    means, deviations = means.double(), 1 / deviations.double()
-    mean = means.mean(dim=0)
-    variance = (deviations.square() + (means - mean).square()).mean(dim=0)
-    scale = (variance + eps).rsqrt().to(x.dtype).expand(n, channels).reshape(-1)
-    centre = mean.to(x.dtype).expand(n, channels).reshape(-1)
+    _, means, inverses = torch.native_group_norm(x, None, None, n, channels, positions, channels, 0.0)
+    between, mean = torch.var_mean(means.double(), dim=0, correction=0)
+    variance = inverses.double().pow_(-2).mean(dim=0).add_(between)
+    scale = variance.add_(eps).rsqrt_().to(x.dtype).repeat(n)
+    centre = mean.to(x.dtype).repeat(n)
     x, columns = x.reshape(1, n * channels, positions), [one.reshape(1, n * channels, positions) for one in g.unbind(1)]
     made = [_centred_sums(column, x, centre, scale) for column in columns]
     values = {weight: _by_row([products for products, _ in made], channels)}

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import curvlib
-from curvlib.capture.records import Pass
+from curvlib.capture.records import Pass, Place
 
 
 @pytest.fixture(params=FISHERS)
@@ -207,3 +207,20 @@ def test_an_output_that_is_made_anew_counts_when_the_loss_uses_the_original():
     torch.testing.assert_close(
         optimizer.curvature["body"].estimate.matrix, samples_first.covariance() / samples_first.normalizer
     )
+
+
+LAYOUTS = {
+    "as it is": lambda g: g.clone(),
+    "a part of another tensor": lambda g: torch.cat([g, g, g])[len(g) : 2 * len(g)].copy_(g),
+    "another order": lambda g: g.T.contiguous().T,
+    "one number for all": lambda g: g[:1, :1].expand_as(g),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_cotangent_of_a_view_is_laid_out_as_its_base_was(layout):
+    output = nn.Linear(3, 4)(torch.randn(2, 5, 3))
+    place = Place(output)
+    assert place.tensor.shape == (10, 4)
+    gradient = LAYOUTS[layout](torch.randn(10, 4))
+    assert torch.equal(place.cotangent(gradient), gradient.reshape(2, 5, 4))
