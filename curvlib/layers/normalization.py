@@ -90,5 +90,7 @@ def _feature_rows(
 
 
 def _products(g: Tensor, normalized: Tensor, axis: int) -> Tensor:
+    if g.shape[1] == 1:
+        return normalized.mul_(g[:, 0]).sum(dim=axis, keepdim=True)  # x̂ is nobody else's
     # One column at a time: the product of all of them would be one more tensor as large as g.
     return torch.stack([(column * normalized).sum(dim=axis) for column in g.unbind(1)], dim=1)
