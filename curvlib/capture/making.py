@@ -13,7 +13,7 @@ import torch
 
 from curvlib.capture.autocast import without_autocast
 from curvlib.capture.records import Pass, Record
-from curvlib.capture.rows import block_factors
+from curvlib.capture.rows import block_factors, call_rows
 from curvlib.errors import CurvatureError
 from curvlib.factors import Dense, Factors, Plan
 from curvlib.layers import Block, Use
@@ -61,17 +61,19 @@ class RowMaker:
         """
         made: dict[str, Factors] = {}
         for block in blocks if records else ():
-            rows = block_factors(block, current, records)
+            calls = [call for use in block.uses for call in records.get(use, ())]
+            early = calls[0].made if len(calls) == 1 else None
+            rows = block_factors(block, current, records) if early is None else early
             if rows is None:
                 continue
-            rows = rows.planned(self.plan.of(block.name))
+            if early is None:
+                rows = rows.planned(self.plan.of(block.name))
             rows = rows if scale == 1 else rows.scaled(scale)
             if block.name in self.compacting:
                 # One block after the other, so that cotangents and explicit rows are not all there at once.
                 rows = rows.compact()
-                for use in block.uses:
-                    for call in records.get(use, ()):
-                        call.forget()
+                for call in calls:
+                    call.forget()
             made[block.name] = rows
         return made
 
@@ -96,8 +98,8 @@ class RowMaker:
             return
         with without_autocast(arrived.device):
             try:
-                rows = block_factors(block, current, {use: [call]})
-                compact = None if rows is None else rows.planned(self.plan.of(block.name)).compact()
+                rows = call_rows(block, use, call, current)
+                compact = rows.planned(self.plan.of(block.name)).compact()
             except CurvatureError:
                 return
         if type(compact) is Dense:

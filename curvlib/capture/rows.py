@@ -16,7 +16,7 @@ from curvlib.factors.combine import stack_columns
 from curvlib.layers import Block, Call, Use
 from curvlib.layers.tree import mapped, wide
 
-__all__ = ["block_factors", "joined"]
+__all__ = ["block_factors", "call_rows", "joined"]
 
 
 def block_factors(block: Block, current: Pass, records: Mapping[Use, list[Record]] | None = None) -> Factors | None:
@@ -35,7 +35,7 @@ def block_factors(block: Block, current: Pass, records: Mapping[Use, list[Record
         If exact rows cannot be formed, or an adapter returned something else.
     """
     parts = [
-        call.made if call.made is not None else _rows(block, use, call, current)
+        call.made if call.made is not None else call_rows(block, use, call, current)
         for use in block.uses
         for call in (current.records if records is None else records).get(use, ())
         if call.made is not None or any(cotangent is not None for cotangent in call.cotangents)
@@ -48,8 +48,14 @@ def block_factors(block: Block, current: Pass, records: Mapping[Use, list[Record
     return total
 
 
-def _rows(block: Block, use: Use, call: Record, current: Pass) -> Factors:
-    """Let a use's adapter turn one recorded call into rows, and check what it returns."""
+def call_rows(block: Block, use: Use, call: Record, current: Pass) -> Factors:
+    """Let a use's adapter turn one recorded call into rows, and check what it returns.
+
+    Raises
+    ------
+    CaptureError
+        As `block_factors`.
+    """
     samples = current.samples
     where = f"block {block.name!r} ({type(use.module).__name__}, adapter {use.adapter.name})"
     if any(tensor._version != version for tensor, version in call.inputs):
