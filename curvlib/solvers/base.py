@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from curvlib.arrays import Array, Vector, require_finite
+from curvlib.arrays import Array, Vector, add_multiple, require_finite
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors
 from curvlib.hyperparameters import Checked
@@ -200,6 +200,24 @@ def as_vector(gradient: Gradient) -> Vector:
     if isinstance(gradient, Factors):
         return gradient.rmatvec(gradient.row_weights(1 / gradient.normalizer))
     return gradient
+
+
+def corrected(vector: Vector, rows: Factors, weights: Array, damping: float) -> dict[str, Array]:
+    """``(v − Jᵀ w) / λ``: what the identity of Woodbury leaves of a gradient v.
+
+    Parameters
+    ----------
+    vector
+        v, a block vector.
+    rows
+        J.
+    weights
+        w, shape ``(rows,)``.
+    damping
+        λ.
+    """
+    correction = rows.rmatvec(weights / -damping)
+    return {name: add_multiple(correction[name], value, 1 / damping) for name, value in vector.items()}
 
 
 def sample_space_pays(factors: Factors) -> bool:

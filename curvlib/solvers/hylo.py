@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, get_args
 from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, device, eigh, is_finite, namespace, record
 from curvlib.errors import ConfigurationError, NotPositiveDefiniteError
 from curvlib.factors import Factors, SharedOuter
-from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_choice, check_damping
+from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_choice, check_damping, corrected
 
 __all__ = ["KID", "KIS", "KIDEstimate", "KISEstimate", "RowInverse"]
 
@@ -50,8 +50,7 @@ class RowInverse:
         """Return the natural gradient, a block vector."""
         vector = as_vector(gradient)
         check_block(vector, self.rows.shapes)
-        correction = self.rows.rmatvec(self.middle @ self.rows.matvec(vector))
-        return {name: (vector[name] - correction[name]) / self.damping for name in vector}
+        return corrected(vector, self.rows, self.middle @ self.rows.matvec(vector), self.damping)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from curvlib.arrays import (
 )
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Dense, Factors, KroneckerLayout, OneHotOuter, SharedOuter, Sum
-from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping
+from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping, corrected
 from curvlib.solvers.dense import flatten
 
 __all__ = ["SENG", "SENGEstimate", "SENGInverse", "SidesSketch", "Sketch"]
@@ -189,8 +189,8 @@ class SENG(Solver):
         vector, shapes = as_vector(gradient), rows.shapes
         check_block(vector, shapes)
         products = rows.matvec(vector) if sketch is None else sketch.products(vector, shapes)
-        correction = rows.rmatvec(cholesky_solve(inverse.factor, products) / rows.normalizer)
-        return {name: (vector[name] - correction[name]) / inverse.damping for name in shapes}
+        weights = cholesky_solve(inverse.factor, products) / rows.normalizer
+        return corrected(vector, rows, weights, inverse.damping)
 
 
 def _columns(factors: Factors, index: Array) -> Array:

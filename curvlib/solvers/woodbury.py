@@ -18,6 +18,7 @@ from curvlib.solvers.base import (
     as_vector,
     check_block,
     check_damping,
+    corrected,
     rows_of_one_pass_pay,
     sample_space_pays,
     together_pays,
@@ -186,8 +187,7 @@ class Woodbury(Solver):
         check_block(vector, rows.shapes)
 
         def correct(weights: Array) -> dict[str, Array]:
-            correction = rows.rmatvec(weights / rows.normalizer)
-            return {name: (vector[name] - correction[name]) / damping for name in vector}
+            return corrected(vector, rows, weights / rows.normalizer, damping)
 
         return rows.matvec(vector), correct
 
