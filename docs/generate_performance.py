@@ -86,7 +86,13 @@ factorised in one call for all blocks, small explicit rows of equal shape have t
 EKFAC's inverses of small layers are applied to all of them at once, and a single right-hand side is solved for by one
 thread.
 
-**Memory.** glibc gives large blocks back to the system when they are freed and fetches new pages for the next ones; at
+**Memory.** Rows of the loss itself that are kept explicitly are made inside backward, as soon as a layer's cotangent is
+there; input and cotangent then go, layer by layer, as they do without curvature. What stays above SGD's peak are the
+rows of this step and of the last one, whose inverse is what a failed refresh falls back on. A backward pass that keeps
+its graph (`retain_graph=True`) keeps inputs and cotangents too, for another one may follow. Patches of a convolution
+are unfolded for some samples at a time. Sampled cotangents come from a pass of their own, all layers' at once.
+
+glibc gives large blocks back to the system when they are freed and fetches new pages for the next ones; at
 every step the rows of a convolution pay for that. With `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` set to
 some gigabytes in the environment (or with another allocator preloaded) pages are kept, for SGD's activations as well
 as for rows.
