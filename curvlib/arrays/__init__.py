@@ -4,7 +4,6 @@ from curvlib.arrays.checks import Deferred, deferred, require
 from curvlib.arrays.indexing import equal_pairs, index_add
 from curvlib.arrays.linalg import (
     add_diagonal,
-    add_multiple,
     cholesky,
     cholesky_inverse,
     cholesky_solve,
@@ -29,7 +28,6 @@ __all__ = [
     "Deferred",
     "Vector",
     "add_diagonal",
-    "add_multiple",
     "altered",
     "cholesky",
     "cholesky_inverse",

@@ -12,7 +12,6 @@ from curvlib.errors import NotPositiveDefiniteError
 
 __all__ = [
     "add_diagonal",
-    "add_multiple",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",
@@ -159,11 +158,6 @@ def hadamard_gram(first: Array, second: Array, ones: bool) -> Array:
 def matrix_vector(matrix: Array, vector: Array) -> Array:
     """A v for A of shape ``(n, d)``, on all cores where the matrix is so large that it comes from memory."""
     return kernels(matrix).matrix_vector(matrix, vector)
-
-
-def add_multiple(array: Array, other: Array, multiple: float) -> Array:
-    """A + multiple · B for arrays of one shape and dtype, in one pass over them where the library can."""
-    return kernels(array).add_multiple(array, other, multiple)
 
 
 def side_by_side(

@@ -19,7 +19,6 @@ except ImportError as error:
 __all__ = [
     "FAILURES",
     "add_diagonal",
-    "add_multiple",
     "address",
     "cholesky",
     "cholesky_inverse",
@@ -106,11 +105,6 @@ def hadamard_gram(first: Array, second: Array, ones: bool) -> Array:
 def matrix_vector(matrix: Array, vector: Array) -> Array:
     """A v; BLAS's gemv shares it out itself."""
     return matrix @ vector
-
-
-def add_multiple(array: Array, other: Array, multiple: float) -> Array:
-    """A + multiple · B."""
-    return array + multiple * other
 
 
 def address(array: Array) -> Any:

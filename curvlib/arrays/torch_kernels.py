@@ -15,7 +15,6 @@ from torch.compiler import is_compiling
 __all__ = [
     "FAILURES",
     "add_diagonal",
-    "add_multiple",
     "address",
     "cholesky",
     "cholesky_inverse",
@@ -201,11 +200,6 @@ def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
     # As rows times matrices: the other way round, torch's batched product walks the matrix with long strides.
     rows = matrix.view(threads, -1, d)
     return torch.bmm(vector.expand(threads, 1, d), rows.mT).flatten()
-
-
-def add_multiple(array: Tensor, other: Tensor, multiple: float) -> Tensor:
-    """A + multiple · B in one pass."""
-    return torch.add(array, other, alpha=multiple)
 
 
 def _symmetric(like: Tensor, blocks: Callable[[int, bool], Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from curvlib.arrays import Array, Vector, add_multiple, require_finite
+from curvlib.arrays import Array, Vector, require_finite
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors
 from curvlib.hyperparameters import Checked
@@ -216,8 +216,13 @@ def corrected(vector: Vector, rows: Factors, weights: Array, damping: float) -> 
     damping
         λ.
     """
-    correction = rows.rmatvec(weights / -damping)
-    return {name: add_multiple(correction[name], value, 1 / damping) for name, value in vector.items()}
+    correction = rows.rmatvec(weights)
+    # Not as one multiple added to another: there, rounding depends on how the arrays lie in memory, and a resumed run
+    # would go another way.
+    result = {name: value - correction[name] for name, value in vector.items()}
+    for name in result:
+        result[name] /= damping
+    return result
 
 
 def sample_space_pays(factors: Factors) -> bool:

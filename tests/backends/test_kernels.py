@@ -113,15 +113,6 @@ def test_products_with_vectors(library, threads, n, d):
         np.testing.assert_allclose(read(arrays.matrix_vector(make(one), make(vector))), one @ vector, atol=1e-10)
 
 
-def test_a_multiple_is_added_and_both_stay(library):
-    make, read = library
-    one, other = numbers(3, 5), numbers(5, 3)
-    first, second = make(one), make(other).T
-    np.testing.assert_allclose(read(arrays.add_multiple(first, second, -2.5)), one - 2.5 * other.T, rtol=1e-14)
-    np.testing.assert_array_equal(read(first), one)
-    np.testing.assert_array_equal(read(second), other.T)
-
-
 def test_views_of_the_same_memory_are_the_same(library):
     make, _ = library
     matrix, other = make(numbers(4, 6)), make(numbers(4, 6))
