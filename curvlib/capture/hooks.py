@@ -290,7 +290,8 @@ class Capture:
             followed = curvature and (self._unchecked or not both)  # whether cotangents will be sent there
             for index, place in enumerate(places):
                 if place is not None and (handed or both):
-                    place.tensor.register_hook(self._keeper(block, use, of_loss, index))  # type: ignore[no-untyped-call]  # in torch
+                    keep = self._keeper(self._current, block, use, of_loss, index)
+                    place.tensor.register_hook(keep)  # type: ignore[no-untyped-call]  # untyped in torch
                 call.edges.append(None if place is None else place.release(followed))
             if curvature:
                 self._current.records.setdefault(use, []).append(call)
@@ -355,14 +356,10 @@ class Capture:
             current.factors = self._factors(current, current.records)
             current.records.clear()
 
-    def _keeper(self, block: Block, use: Use, call: Record, index: int) -> Callable[[Tensor], None]:
-        current = self._current
-
+    def _keeper(self, current: Pass, block: Block, use: Use, call: Record, index: int) -> Callable[[Tensor], None]:
         def keep(gradient: Tensor) -> None:
-            if self._silence.on:
-                return
-            call.arrived_too(index, gradient.detach())
-            if current is not None:
+            if not self._silence.on:
+                call.arrived_too(index, gradient.detach())
                 self.rows.at_once(block, use, call, current)
 
         return keep

@@ -62,11 +62,11 @@ class RowMaker:
         made: dict[str, Factors] = {}
         for block in blocks if records else ():
             calls = [call for use in block.uses for call in records.get(use, ())]
-            early = calls[0].made if len(calls) == 1 else None
-            rows = block_factors(block, current, records) if early is None else early
+            rows = calls[0].made if len(calls) == 1 else None
             if rows is None:
-                continue
-            if early is None:
+                rows = block_factors(block, current, records)
+                if rows is None:
+                    continue
                 rows = rows.planned(self.plan.of(block.name))
             rows = rows if scale == 1 else rows.scaled(scale)
             if block.name in self.compacting:

@@ -35,10 +35,10 @@ def block_factors(block: Block, current: Pass, records: Mapping[Use, list[Record
         If exact rows cannot be formed, or an adapter returned something else.
     """
     parts = [
-        call.made if call.made is not None else call_rows(block, use, call, current)
+        call_rows(block, use, call, current)
         for use in block.uses
         for call in (current.records if records is None else records).get(use, ())
-        if call.made is not None or any(cotangent is not None for cotangent in call.cotangents)
+        if any(cotangent is not None for cotangent in call.cotangents)
     ]
     if not parts:
         return None
