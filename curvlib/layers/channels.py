@@ -58,13 +58,15 @@ def batch_rows(x: Tensor, g: Tensor, eps: float, weight: str, bias: str | None) 
     """
     n, channels = x.shape[:2]
     positions = math.prod(x.shape[2:])
-    if positions < _FEWEST_POSITIONS or x.device.type != "cpu" or not x.is_contiguous() or is_compiling():
+    differentiated = x.requires_grad or g.requires_grad  # the kernels below cannot be
+    plain = differentiated or x.device.type != "cpu" or is_compiling()
+    if plain or positions < _FEWEST_POSITIONS or not x.is_contiguous():
         normalized = torch.nn.functional.batch_norm(x, None, None, training=True, eps=eps)
         return channel_rows(normalized, g, weight, bias)
     # The fastest kernel that has moments: of each sample's channels, and of the batch by them.
     _, means, inverses = torch.native_group_norm(x, None, None, n, channels, positions, channels, 0.0)
     between, mean = torch.var_mean(means.double(), dim=0, correction=0)
-    variance = inverses.double().pow_(-2).mean(dim=0).add_(between)
+    variance = inverses.double().pow(-2).mean(dim=0).add_(between)
     scale = variance.add_(eps).rsqrt_().to(x.dtype).repeat(n)
     centre = mean.to(x.dtype).repeat(n)
     x, columns = x.reshape(1, n * channels, positions), [one.reshape(1, n * channels, positions) for one in g.unbind(1)]

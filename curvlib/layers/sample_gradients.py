@@ -95,7 +95,8 @@ def unfolded_gradients(
     def by_group(g: Tensor) -> Tensor:
         return g.reshape(len(g) * groups, d_out, -1)
 
-    if step >= n or images.device.type != "cpu" or is_compiling():
+    differentiated = any(one.requires_grad for one in (images, *columns))  # a product into given memory cannot be
+    if step >= n or images.device.type != "cpu" or is_compiling() or differentiated:
         whole = patches(images)
         return [torch.bmm(by_group(g), whole).reshape(n, *shape) for g in columns]
     result = [g.new_empty(n * groups, d_out, shape[1] * kernel.taps) for g in columns]

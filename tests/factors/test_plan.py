@@ -15,6 +15,7 @@ from curvlib import Exact, Gaussian, Momentum, Plan, Sampled, Woodbury
 from curvlib.arrays import pack, unpack
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Route, cost
+from curvlib.layers import ConvolutionFactors
 
 ROUTES = [
     Route(*answers) for answers in itertools.product(("grouped", "unfold"), ("pairs", "rows"), ("factored", "rows"))
@@ -76,6 +77,19 @@ def test_rows_of_a_convolution_by_parts_equal_the_whole(name, route, limit, monk
     for block, rows in rows_of(name, plan).items():
         for parameter, values in rows.dense().values.items():
             close(values, whole[block].values[parameter], 1e-12)
+
+
+@pytest.mark.parametrize(("route", "limit"), [("grouped", "_GROUPED"), ("unfold", "_UNFOLDED")])
+def test_rows_of_a_convolution_by_parts_can_be_differentiated(route, limit, monkeypatch):
+    monkeypatch.setattr(cost, limit, 1)
+    torch.manual_seed(0)
+    images, cotangents = torch.randn(4, 3, 5, 5).double(), torch.randn(4, 2, 6, 3, 3).double()
+
+    def rows(x, g):
+        form = ConvolutionFactors(x, g, (6, 3, 3, 3), stride=(1, 1), dilation=(1, 1), groups=1)
+        return form.planned(Plan(routes={"*": Route(rows=route)}).of("")).dense().values["weight"]
+
+    assert torch.autograd.gradcheck(rows, (images.requires_grad_(), cotangents.requires_grad_()))
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)

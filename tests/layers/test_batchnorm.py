@@ -214,6 +214,13 @@ def test_a_user_declares_what_couples_samples(monkeypatch):
             assert_same(total, gradient)
 
 
+def test_rows_of_a_batch_can_be_differentiated():
+    x, g = numbers(4, 3, 5, 5).requires_grad_(), (numbers(4, 1, 3, 5, 5) + 1).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, g: tuple(batch_rows(x, g, 1e-5, "weight", "bias").values.values()), (x, g)
+    )
+
+
 @pytest.mark.parametrize("solver", [curvlib.Woodbury(), Diagonal()])
 def test_a_change_of_mode_before_rows_are_made_is_refused(solver):
     """Rows of a solver that keeps them explicitly are made inside backward, those of others in the step."""
