@@ -260,6 +260,7 @@ class Capture:
             needed = [tensor for tensor in results if tensor.requires_grad]
             if not needed:
                 return None
+            saved = None if use.adapter.saved is None else use.adapter.saved(module, output)
             if len(needed) > 1:
                 # One output may be made of another, as the hidden state of an LSTM cell is of its cell state. What
                 # arrives at the other one would hold that too; at a copy it is the cotangent alone.
@@ -282,6 +283,7 @@ class Capture:
                 cotangents=[None] * len(results),
                 coupled=use.adapter.couples(module),
                 positionwise=use.adapter.positionwise,
+                saved=saved,
             )
             curvature = self._current.armed
             # One record serves both where the loss's own rows are the curvature's.

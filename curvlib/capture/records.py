@@ -65,6 +65,7 @@ class Record:
     coupled: bool = False  # whether the module made samples depend on each other
     positionwise: bool = False  # whether the module acts on the last axis alone
 
+    saved: Any = None  # what the adapter looked up when the call ended
     made: Factors | None = None  # its rows, where they were made as soon as the cotangent was there
 
     axis: int | None = None  # where its one input and output have their samples; None where nothing fits
@@ -78,7 +79,7 @@ class Record:
 
     def forget(self) -> None:
         """Let go of rows, and of what they were made of."""
-        self.args, self.kwargs, self.inputs, self.made = (), {}, [], None
+        self.args, self.kwargs, self.inputs, self.saved, self.made = (), {}, [], None, None
         self.cotangents = [None] * len(self.cotangents)
 
     def arrived(self, index: int, gradients: Sequence[Tensor | None]) -> None:

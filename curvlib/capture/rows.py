@@ -72,12 +72,13 @@ def call_rows(block: Block, use: Use, call: Record, current: Pass) -> Factors:
     arrived = next(cotangent for cotangent in cotangents if cotangent is not None)
     columns = int(arrived.shape[0])
     adapter = use.adapter
+    saved = () if adapter.saved is None else (call.saved,)
 
     def run(x: Any, g: Any, rows: int) -> Factors:
         # An adapter that reads parameters would otherwise keep a graph alive in the rows.
         with torch.no_grad():
             try:
-                factors = adapter.function(use.module, x, g)
+                factors = adapter.function(use.module, x, g, *saved)
             except (CurvatureError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # the adapter may be anyone's, and the layer a subclass that it does not know

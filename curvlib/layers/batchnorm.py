@@ -31,6 +31,26 @@ def uses_batch_statistics(layer: Any) -> bool:
     return bool(layer.training or (layer.running_mean is None and layer.running_var is None))
 
 
+def saved_statistics(layer: Any, output: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and inverse standard deviation that autograd saved of a call; None where there are none to be had.
+
+    Parameters
+    ----------
+    layer
+        Normalises by the batch.
+    output
+        What it returned.
+    """
+    node = output.grad_fn
+    if node is None or not node.name().startswith("NativeBatchNorm") or not uses_batch_statistics(layer):
+        return None
+    # Under hooks for saved tensors, such as those of checkpointing, a look would bring tensors back or compute them.
+    hooked = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if hooked is None or hooked(True) is not None:
+        return None
+    return node._saved_result1, node._saved_result2  # type: ignore[attr-defined]  # torch names them at run time
+
+
 @register(
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -39,8 +59,9 @@ def uses_batch_statistics(layer: Any) -> bool:
     columns=True,
     couples_samples=uses_batch_statistics,
     kronecker=False,
+    saved=saved_statistics,
 )
-def batch_norm(layer: Any, x: Tensor, g: Tensor) -> Dense:
+def batch_norm(layer: Any, x: Tensor, g: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Dense:
     """Rows ``Σ g · x̂`` and ``Σ g`` over the positions of a channel; see above for what they mean in training mode.
 
     Parameters
@@ -51,6 +72,8 @@ def batch_norm(layer: Any, x: Tensor, g: Tensor) -> Dense:
         The whole batch, shape ``(n, channels, *positions)``.
     g
         Shape ``(n, columns, channels, *positions)``.
+    statistics
+        From `saved_statistics`.
 
     Raises
     ------
@@ -68,7 +91,9 @@ def batch_norm(layer: Any, x: Tensor, g: Tensor) -> Dense:
             "SyncBatchNorm in training mode normalises by the batches of all processes, and one process has no exact "
             "rows for it: use BatchNorm, put it in eval mode, or freeze its weight"
         )
-    return batch_rows(x, g, layer.eps, weight, bias)
+    if statistics is not None and any(one.dtype != x.dtype or one.shape != x.shape[1:2] for one in statistics):
+        statistics = None
+    return batch_rows(x, g, layer.eps, weight, bias, statistics)
 
 
 def _processes() -> int:

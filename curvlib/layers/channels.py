@@ -39,7 +39,14 @@ def channel_rows(normalized: Tensor | None, g: Tensor, weight: str | None, bias:
     return Dense(values)
 
 
-def batch_rows(x: Tensor, g: Tensor, eps: float, weight: str, bias: str | None) -> Dense:
+def batch_rows(
+    x: Tensor,
+    g: Tensor,
+    eps: float,
+    weight: str,
+    bias: str | None,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> Dense:
     """Rows as of `channel_rows` for x̂ normalised by the statistics of the batch.
 
     On a CPU x̂ is never made: rows are sums of g (x - mean) divided by the standard deviation, which the backward pass
@@ -55,6 +62,8 @@ def batch_rows(x: Tensor, g: Tensor, eps: float, weight: str, bias: str | None) 
         What is added to the variance.
     weight, bias
         As in `channel_rows`.
+    statistics
+        Mean and inverse standard deviation of every channel, in the dtype of `x`, where they are known already.
     """
     n, channels = x.shape[:2]
     positions = math.prod(x.shape[2:])
@@ -63,18 +72,23 @@ def batch_rows(x: Tensor, g: Tensor, eps: float, weight: str, bias: str | None) 
     if plain or positions < _FEWEST_POSITIONS or not x.is_contiguous():
         normalized = torch.nn.functional.batch_norm(x, None, None, training=True, eps=eps)
         return channel_rows(normalized, g, weight, bias)
-    # The fastest kernel that has moments: of each sample's channels, and of the batch by them.
-    _, means, inverses = torch.native_group_norm(x, None, None, n, channels, positions, channels, 0.0)
-    between, mean = torch.var_mean(means.double(), dim=0, correction=0)
-    variance = inverses.double().pow(-2).mean(dim=0).add_(between)
-    scale = variance.add_(eps).rsqrt_().to(x.dtype).repeat(n)
-    centre = mean.to(x.dtype).repeat(n)
+    centre, scale = (one.repeat(n) for one in (statistics or _statistics(x, eps)))
     x, columns = x.reshape(1, n * channels, positions), [one.reshape(1, n * channels, positions) for one in g.unbind(1)]
     made = [_centred_sums(column, x, centre, scale) for column in columns]
     values = {weight: _by_row([products for products, _ in made], channels)}
     if bias is not None:
         values[bias] = _by_row([sums for _, sums in made], channels)
     return Dense(values)
+
+
+def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and inverse standard deviation of every channel of a contiguous batch."""
+    n, channels = x.shape[:2]
+    # The fastest kernel that has moments: of each sample's channels, and of the batch by them.
+    _, means, inverses = torch.native_group_norm(x, None, None, n, channels, math.prod(x.shape[2:]), channels, 0.0)
+    between, mean = torch.var_mean(means.double(), dim=0, correction=0)
+    variance = inverses.double().pow(-2).mean(dim=0).add_(between)
+    return mean.to(x.dtype), variance.add_(eps).rsqrt_().to(x.dtype)
 
 
 def _centred_sums(g: Tensor, x: Tensor, centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

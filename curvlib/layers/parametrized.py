@@ -26,7 +26,7 @@ __all__ = ["through_parametrizations"]
 def through_parametrizations(adapter: Adapter) -> Adapter:
     """Return the adapter that serves modules with parametrizations, inside them too, as `adapter` does plain ones."""
     name = f"{adapter.name} through parametrizations"
-    return dataclasses.replace(adapter, name=name, function=partial(_rows, adapter), kronecker=False)
+    return dataclasses.replace(adapter, name=name, function=partial(_rows, adapter), kronecker=False, saved=None)
 
 
 def _rows(adapter: Adapter, layer: nn.Module, x: Any, g: Any) -> Factors:

@@ -42,6 +42,9 @@ class Adapter:
         the module tells.
     lookup
         Whether the weight is a table that is looked up in, so that what stands for inputs are places in it.
+    saved
+        What to look up of a call when it ends, so that rows need not compute it again: ``saved(layer, output)`` is the
+        fourth argument of `function`. None for nothing.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Adapter:
     couples_samples: Callable[[Any], bool] | bool = False
     kronecker: Callable[[Any], bool] | bool = True
     lookup: bool = False
+    saved: Callable[[Any, Any], Any] | None = None
 
     def couples(self, module: nn.Module) -> bool:
         """Whether `module`, as it is now, makes the samples of a batch depend on each other."""
@@ -76,6 +80,7 @@ def register(
     couples_samples: Callable[[Any], bool] | bool = False,
     kronecker: Callable[[Any], bool] | bool = True,
     lookup: bool = False,
+    saved: Callable[[Any, Any], Any] | None = None,
     replace: bool = False,
 ) -> Callable[[F], F]:
     """Decorator that makes a function the adapter of the given layer classes and of their subclasses.
@@ -106,6 +111,10 @@ def register(
         Set when the weight is a table that is looked up in, as that of `torch.nn.Embedding`, and not multiplied with
         inputs: methods that follow pre-activations have none to follow, and rows of the same weight as another layer
         multiplies with have no common Kronecker form with these. Both are then said when a method is composed.
+    saved
+        A function ``saved(layer, output)``, called when a call of the layer has ended, for what the call computed and
+        rows need again, such as statistics: what it returns is a fourth argument of the adapter. That must do without
+        it, since not every call is seen.
     replace
         Set to replace an adapter that is there.
 
@@ -158,6 +167,7 @@ def register(
                 couples_samples=couples_samples,
                 kronecker=kronecker,
                 lookup=lookup,
+                saved=saved,
             )
         return function
 
