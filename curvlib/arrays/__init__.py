@@ -1,5 +1,6 @@
 """One array namespace over torch, CuPy and NumPy, and the few kernels that curvature needs beyond it."""
 
+from curvlib.arrays.buffers import Buffers
 from curvlib.arrays.checks import Deferred, deferred, require
 from curvlib.arrays.indexing import equal_pairs, index_add
 from curvlib.arrays.linalg import (
@@ -25,6 +26,7 @@ from curvlib.arrays.state import TRANSIENT, altered, map_arrays, pack, record, u
 __all__ = [
     "TRANSIENT",
     "Array",
+    "Buffers",
     "Deferred",
     "Vector",
     "add_diagonal",

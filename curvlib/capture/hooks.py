@@ -165,6 +165,13 @@ class Capture:
             if block.name in names or block.name in with_curvature:
                 self._withholding.add(block, always=block.name in names)
 
+    def keep_gradients(self, but_with_curvature: bool) -> None:
+        """Take no gradients as rows from now on, or only in passes that are the curvature's too."""
+        if but_with_curvature:
+            self._withholding.always.clear()
+        else:
+            self._withholding.detach()
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Let passes through unseen, with ordinary gradients."""
@@ -212,6 +219,7 @@ class Capture:
         gradients = gradient_rows(passes, handed, factors, self.blocks, observations, scale)
         for one in passes:
             one.factors = {}  # the graph of a loss that is kept holds its pass
+        self.rows.plan.buffers.trim()  # what these rows did not take, the next ones will not either
         return Taken(factors, gradients, [one.checks for one in passes if one.checks is not None])
 
     # -- hooks --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from curvlib.arrays import Array, namespace
+from curvlib.arrays import Array, Buffers, namespace
 from curvlib.errors import ConfigurationError
 from curvlib.factors.cost import Sizes
 
@@ -63,6 +63,11 @@ class Plan:
         Whether candidates are timed when sizes are first met, instead of asking the cost model. The choice then depends
         on the machine and the moment, and two runs may differ by rounding.
 
+    Attributes
+    ----------
+    buffers
+        Memory of large explicit rows, from one step to the next.
+
     Raises
     ------
     ConfigurationError
@@ -81,6 +86,7 @@ class Plan:
         self.routes = dict(routes or {})
         self.timed = timed
         self.measured: dict[tuple[str, Sizes], str] = {}
+        self.buffers = Buffers()
 
     def of(self, block: str) -> BlockPlan:
         """Return the plan of one block."""

@@ -72,13 +72,16 @@ class SharedOuter(Factors):
             n, columns, positions, groups, d_out = self.cotangents.shape
             if columns == groups == 1:  # as the contraction ends up doing, which takes longer to find that out
                 g, a = self.cotangents.reshape(n, positions, d_out), self.inputs.reshape(n, positions, -1)
-                rows = g.swapaxes(1, 2) @ a
+                rows = self._product(g.swapaxes(1, 2), a)
             else:
                 rows = contract("ncrgo,nrgi->ncgoi", self.cotangents, self.inputs)
             values[self.weight] = rows.reshape(n * columns, *self.weight_shape)
         if self.bias is not None:
             values[self.bias] = self.cotangents.sum(axis=2).reshape(len(self), -1)
         return Dense(values, samples=self.samples)
+
+    def _product(self, first: Array, second: Array) -> Array:
+        return first @ second if self.plan is None else self.plan.plan.buffers.product(first, second)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -129,11 +129,17 @@ class ConvolutionFactors(Factors):
 
     def _grouped_rows(self, columns: Sequence[Tensor]) -> list[Tensor]:
         step = cost.grouped_chunk(self.sizes)
-        return grouped_gradients(columns, self.images, self.weight_shape, self._kernel, self.groups, step)
+        shape, kernel = self.weight_shape, self._kernel
+        return grouped_gradients(columns, self.images, shape, kernel, self.groups, step, self._empty)
 
     def _unfolded_rows(self, columns: Sequence[Tensor]) -> list[Tensor]:
         step = cost.unfold_chunk(self.sizes)
-        return unfolded_gradients(columns, self.images, self.weight_shape, self._kernel, self.groups, step)
+        shape, kernel = self.weight_shape, self._kernel
+        return unfolded_gradients(columns, self.images, shape, kernel, self.groups, step, self._empty)
+
+    def _empty(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """Memory for rows."""
+        return like.new_empty(tuple(shape)) if self.plan is None else self.plan.plan.buffers.empty(like, shape)
 
     @property
     def _kernel(self) -> Kernel:

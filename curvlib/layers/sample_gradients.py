@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,8 +44,18 @@ def weight_gradient(cotangents: Tensor, images: Tensor, shape: Sequence[int], ke
     return gradient  # type: ignore[no-any-return]  # torch.ops is untyped
 
 
+Empty = Callable[[Tensor, Sequence[int]], Tensor]
+"""Memory with the dtype and on the device of a tensor, of some shape."""
+
+
 def grouped_gradients(
-    columns: Sequence[Tensor], images: Tensor, shape: Sequence[int], kernel: Kernel, groups: int, step: int
+    columns: Sequence[Tensor],
+    images: Tensor,
+    shape: Sequence[int],
+    kernel: Kernel,
+    groups: int,
+    step: int,
+    empty: Empty = Tensor.new_empty,
 ) -> list[Tensor]:
     """Weight gradient of each sample, from one big convolution in which samples are groups.
 
@@ -57,6 +67,8 @@ def grouped_gradients(
         As in `weight_gradient`.
     step
         Samples to take at a time on a CPU.
+    empty
+        Gives memory for what is put together of parts.
 
     Returns
     -------
@@ -72,7 +84,7 @@ def grouped_gradients(
     n = len(images)
     if step >= n or images.device.type != "cpu":
         return [some(g, images) for g in columns]
-    result = [g.new_empty(n, *shape) for g in columns]
+    result = [empty(g, (n, *shape)) for g in columns]
     for start in range(0, n, step):
         for whole, g in zip(result, columns, strict=True):
             whole[start : start + step] = some(g[start : start + step], images[start : start + step])
@@ -80,7 +92,13 @@ def grouped_gradients(
 
 
 def unfolded_gradients(
-    columns: Sequence[Tensor], images: Tensor, shape: Sequence[int], kernel: Kernel, groups: int, step: int
+    columns: Sequence[Tensor],
+    images: Tensor,
+    shape: Sequence[int],
+    kernel: Kernel,
+    groups: int,
+    step: int,
+    empty: Empty = Tensor.new_empty,
 ) -> list[Tensor]:
     """Weight gradient of each sample, as a product of its cotangents and patches; as of `grouped_gradients`."""
     n, d_out = len(images), shape[0] // groups
@@ -99,7 +117,7 @@ def unfolded_gradients(
     if step >= n or images.device.type != "cpu" or is_compiling() or differentiated:
         whole = patches(images)
         return [torch.bmm(by_group(g), whole).reshape(n, *shape) for g in columns]
-    result = [g.new_empty(n * groups, d_out, shape[1] * kernel.taps) for g in columns]
+    result = [empty(g, (n * groups, d_out, shape[1] * kernel.taps)) for g in columns]
     for start in range(0, n, step):
         part = patches(images[start : start + step])
         for rows, g in zip(result, columns, strict=True):

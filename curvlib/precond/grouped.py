@@ -151,6 +151,8 @@ class Grouped(torch.optim.Optimizer):
     def refresh(self, refresh: Refresh) -> None:
         self._refresh = refresh
         self._always, self._at_once = always(refresh), inverted_at_once(refresh)
+        if self._ready and not self._always:
+            self._capture.keep_gradients(but_with_curvature=self._at_once)
 
     # -- groups and blocks --------------------------------------------------------------------------------------------
 

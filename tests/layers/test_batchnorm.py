@@ -1,14 +1,19 @@
 """BatchNorm: exact in eval mode; in training mode shares of the gradient at the activations, checked as such."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from one_layer import assert_same, check_algebra, check_layer, numbers, prepared
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import curvlib
 from curvlib.errors import CaptureError
-from curvlib.layers import fallback, register
+from curvlib.layers import channels, fallback, register
+from curvlib.layers.batchnorm import saved_statistics
 from curvlib.layers.channels import batch_rows
 from curvlib.solvers import Diagonal
 
@@ -219,6 +224,61 @@ def test_rows_of_a_batch_can_be_differentiated():
     assert torch.autograd.gradcheck(
         lambda x, g: tuple(batch_rows(x, g, 1e-5, "weight", "bias").values.values()), (x, g)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("eps", [1e-5, 0.3])
+def test_saved_statistics_are_those_of_the_batch(dtype, eps):
+    layer, x = nn.BatchNorm2d(3, eps=eps).to(dtype), (3 + 2 * numbers(4, 3, 5, 7)).to(dtype)
+    mean, inverse = saved_statistics(layer, layer(x))
+    assert (mean.dtype, inverse.dtype, mean.requires_grad, inverse.requires_grad) == (dtype, dtype, False, False)
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(inverse, (x.var((0, 2, 3), correction=0) + eps).rsqrt())
+    g = numbers(4, 2, 3, 5, 7).to(dtype)
+    ours = batch_rows(x, g, eps, "weight", "bias", (mean, inverse)).values
+    for name, rows in batch_rows(x, g, eps, "weight", "bias").values.items():
+        torch.testing.assert_close(ours[name], rows)
+
+
+def test_a_step_takes_the_statistics_that_were_saved(monkeypatch):
+    monkeypatch.setattr(channels, "_statistics", lambda x, eps: pytest.fail("computed again"))
+    model, x, y = residual(), numbers(6, 1, 6, 6), torch.arange(6) % 4
+    optimizer = curvlib.compose(model, fisher=curvlib.Empirical(), solver=curvlib.Woodbury(), damping=1.0, lr=0.1)
+    functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d(3).eval(), nn.BatchNorm2d(3, affine=False), nn.Identity()])
+def test_no_statistics_where_autograd_saved_none(kind):
+    x = numbers(4, 3, 5, 7).float()
+    assert saved_statistics(kind if isinstance(kind, nn.BatchNorm2d) else nn.BatchNorm2d(3), kind(x)) is None
+
+
+@pytest.mark.parametrize("hooks", ["checkpoint", "saved on the cpu"])
+def test_hooks_for_saved_tensors_are_left_in_peace(hooks):
+    """Tensors that a checkpoint would compute again, or that lie elsewhere, are not looked at."""
+    rows = []
+    for hooked in (False, True):
+        model, x, y = residual(), numbers(6, 1, 6, 6), torch.arange(6) % 4
+        calls = []
+        model[1].register_forward_pre_hook(lambda module, args, calls=calls: calls.append(1))
+
+        def forward(x, model=model):
+            return model[2](checkpoint(model[1], model[0](x), use_reentrant=False))
+
+        optimizer = curvlib.compose(
+            model, fisher=curvlib.Empirical(), solver=curvlib.Woodbury(), damping=1.0, lr=0.1, verify=False
+        )
+        if hooked and hooks == "checkpoint":
+            model.forward = forward
+        with save_on_cpu() if hooked and hooks != "checkpoint" else nullcontext():
+            loss = functional.cross_entropy(model(x), y)
+        assert len(calls) == 1
+        loss.backward()
+        optimizer.step()
+        rows.append(dict(model.named_parameters()))
+    for name, value in rows[0].items():
+        torch.testing.assert_close(rows[1][name], value, msg=name)
 
 
 @pytest.mark.parametrize("solver", [curvlib.Woodbury(), Diagonal()])

@@ -46,6 +46,39 @@ def test_a_custom_layer_registers_in_three_lines(registry):
     torch.testing.assert_close(collect(model, x)["1"].dense().matrix(), expected)
 
 
+class Softmaxed(Scale):
+    """Multiplies with softmax(x), which it need not compute again for its rows."""
+
+    def forward(self, x):
+        self.last = x.softmax(-1)
+        return self.gain * self.last
+
+
+@pytest.mark.parametrize("columns", [True, False])
+@pytest.mark.parametrize("fisher", [curvlib.Exact(), curvlib.Sampled(), curvlib.Empirical()])
+def test_an_adapter_may_look_something_up_when_a_call_ends(registry, columns, fisher):
+    found = []
+
+    @register(Softmaxed, columns=columns, saved=lambda layer, output: (layer.last, output.detach()))
+    def softmaxed(layer, x, g, saved=None):
+        found.append(saved)
+        return Dense(gain=(g * (saved[0][:, None] if columns else saved[0])).reshape(-1, 4))
+
+    model = nn.Sequential(nn.Linear(5, 4), Softmaxed(4), nn.Linear(4, 3)).double()
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.arange(6) % 3
+
+    def rows():
+        loss = (lambda outputs: nn.functional.cross_entropy(outputs, y)) if fisher.needs_backward else None
+        generator = torch.Generator().manual_seed(0)
+        return curvlib.collect(model, fisher, x, loss=loss, generator=generator)["1"].dense().matrix()
+
+    ours, hidden = rows(), model[0](x)
+    assert all(torch.equal(output, model[1].gain * last) for last, output in found)
+    torch.testing.assert_close(found[0][0], hidden.softmax(-1))
+    register(Softmaxed, replace=True)(fallback)
+    torch.testing.assert_close(ours, rows())
+
+
 def test_registering_twice_needs_to_be_meant(registry):
     @register(Scale)
     def one(layer, x, g):

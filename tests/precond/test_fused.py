@@ -8,7 +8,7 @@ from torch.nn import functional
 import curvlib
 from curvlib import Categorical, Empirical, KLClip, Momentum, Sampled, WeightDecay, Woodbury
 from curvlib.errors import ConfigurationError
-from curvlib.precond import Every, GradientClip, Graft
+from curvlib.precond import Every, GradientClip, Graft, Intervals
 
 SOLVERS = curvlib.solvers
 
@@ -150,6 +150,27 @@ def test_blocks_hand_over_in_every_step_again_when_the_refresh_does_so():
         withheld.append(model[0].weight.grad is None)
         optimizer.step()
     assert withheld == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("refresh", "expected"),
+    [
+        (Every(3), [False, True, True, True, False, False]),
+        (Intervals(1, 2), [False, True, True, False, False, False]),
+    ],
+)
+def test_blocks_stop_handing_over_when_the_refresh_asks_for_less(refresh, expected):
+    model, xs, ys = problem("convolutions")
+    optimizer = curvlib.compose(model, fisher=Empirical(), solver=Woodbury(), damping=0.1, lr=0.05, fused=True)
+    withheld = []
+    for step in range(6):
+        if step == 3:
+            optimizer.refresh = refresh
+        optimizer.zero_grad()
+        functional.cross_entropy(model(xs[0]), ys[0]).backward()
+        withheld.append(model[0].weight.grad is None)
+        optimizer.step()
+    assert withheld == expected
 
 
 def test_a_forward_pass_that_fails_leaves_parameters_trainable():
