@@ -94,6 +94,7 @@ class Network:
         self.columns = torch.stack(self.weights)[..., None]
         self.time_inversion()
         self.time_lapack()
+        self.time_calls()
 
     def time_inversion(self, *_):
         inverses = blocks.factorized(self.solver, self.estimates)
@@ -102,6 +103,18 @@ class Network:
     def time_lapack(self, *_):
         """Cholesky and triangular solves alone, batched, of matrices that are damped already."""
         torch.cholesky_solve(self.columns, torch.linalg.cholesky(self.kernels))
+
+    def time_calls(self, *_):
+        """Like LAPACK's, with what lies around them: matrices of several blocks, undamped, of which one may fail."""
+        stack = torch.stack([estimate.kernel for estimate in self.estimates])
+        stack.diagonal(dim1=1, dim2=2).add_(blocks.DAMPING)
+        factors, failed = torch.linalg.cholesky_ex(stack)
+        if failed.any() or not factors.diagonal(dim1=1, dim2=2).sum().isfinite():
+            raise ArithmeticError
+        factors.unbind()
+        columns = torch.stack(self.weights)[..., None]
+        halfway = torch.linalg.solve_triangular(factors, columns, upper=False)
+        torch.linalg.solve_triangular(factors.mT, halfway, upper=True)[..., 0].unbind()
 
     def track_against_lapack(self, *_):
         """At most 1/0.6 is asked for."""

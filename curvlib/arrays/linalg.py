@@ -160,6 +160,11 @@ def matrix_vector(matrix: Array, vector: Array) -> Array:
     return kernels(matrix).matrix_vector(matrix, vector)
 
 
+def stacked(matrices: Sequence[Array]) -> Array:
+    """Matrices of one shape as one array, laid out as they are; not to be changed, for it may be where they lie."""
+    return kernels(matrices[0]).stacked(matrices)
+
+
 def side_by_side(
     function: Callable[..., Result],
     arguments: Sequence[tuple[Any, ...]],

@@ -107,6 +107,11 @@ def matrix_vector(matrix: Array, vector: Array) -> Array:
     return matrix @ vector
 
 
+def stacked(matrices: Sequence[Array]) -> Array:
+    """Matrices of one shape as one array, their columns in a row as LAPACK leaves those of factors."""
+    return np.stack([matrix.T for matrix in matrices]).swapaxes(-2, -1)
+
+
 def address(array: Array) -> Any:
     """What two views of the same memory in the same layout have in common."""
     seen = array.__array_interface__

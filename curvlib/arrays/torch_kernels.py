@@ -76,9 +76,12 @@ def cholesky(matrix: Tensor, wait: bool) -> tuple[Tensor, bool | Tensor]:
     """Lower factor, and whether it is one: a bool, or where nobody waits for the device, a tensor on it."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     # LAPACK lets NaN through without a word; one anywhere in a row reaches the diagonal below it. A diagonal of square
-    # roots does not overflow when it is summed, and divided by a zero it is not finite.
-    total = (factor.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / (info == 0)).sum()
-    return factor, math.isfinite(total) if wait else torch.isfinite(total)
+    # roots does not overflow when it is summed.
+    total = factor.diagonal(dim1=-2, dim2=-1).sum()
+    if wait and info.device.type == "cpu":
+        return factor, math.isfinite(total) and not torch.count_nonzero(info).item()
+    good = torch.isfinite(total) & ~info.any()
+    return factor, bool(good) if wait else good
 
 
 def cholesky_inverse(factor: Tensor) -> Tensor:
@@ -183,6 +186,27 @@ def _hadamard(first: Tensor, second: Tensor, ones: bool) -> Tensor:
 def _halved(n: int, d: int) -> bool:
     """Whether blocks at and below the diagonal of an n × n Gram matrix of d columns are faster than all of it."""
     return n >= _HALVED_FROM and n % 2 == 0 and n * d >= _HALVED_SIZE and torch.get_num_threads() <= _FEW
+
+
+def stacked(matrices: Sequence[Tensor]) -> Tensor:
+    """Matrices of one shape as one tensor: that which they are the parts of, or a copy that is laid out as they are."""
+    whole = matrices[0]._base
+    if whole is not None and _are_parts(matrices, whole):
+        return whole
+    # LAPACK leaves factors with their columns in a row, and wants them so: as transposes they are copied as they lie.
+    return torch.stack([matrix.T for matrix in matrices]).mT
+
+
+def _are_parts(matrices: Sequence[Tensor], whole: Tensor) -> bool:
+    """Whether matrices are all the parts of a tensor along its first axis, in their order."""
+    if whole.shape != (len(matrices), *matrices[0].shape):
+        return False
+    place, strides = whole.storage_offset(), whole.stride()
+    for one in matrices:
+        if one._base is not whole or one.storage_offset() != place or one.stride() != strides[1:]:
+            return False
+        place += strides[0]
+    return True
 
 
 def _rows_each(n: int) -> int:

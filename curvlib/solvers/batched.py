@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, device, namespace, side_by_side
+from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, device, namespace, side_by_side, stacked
 from curvlib.solvers.base import check_damping
 
 __all__ = ["cholesky_factors", "kernel_solutions"]
@@ -35,11 +35,12 @@ def cholesky_factors(matrices: Sequence[Array], dampings: Sequence[float]) -> li
         If a damped matrix is not positive definite in its precision.
     """
     factors: list[Any] = [None] * len(matrices)
+    checked = {damping: check_damping(damping) for damping in set(dampings)}
     alike: dict[Any, list[int]] = {}
     for place, matrix in enumerate(matrices):
         alike.setdefault((matrix.shape[0], matrix.dtype, device(matrix)), []).append(place)
     for (n, _, where), places in alike.items():
-        own, values = [matrices[place] for place in places], [check_damping(dampings[place]) for place in places]
+        own, values = [matrices[place] for place in places], [checked[dampings[place]] for place in places]
         if len(places) > 1 and _stacking_pays(n, _FACTORIZED_TOGETHER_UP_TO, where):
             made = list(cholesky(_damped_stack(own, values)))  # apart in one call, not one by one
         else:
@@ -74,10 +75,7 @@ def kernel_solutions(factors: Sequence[Array], rhs: Sequence[Array]) -> list[Arr
     n, where = factors[0].shape[0], device(factors[0])
     if len(factors) == 1 or not _stacking_pays(n, _SOLVED_TOGETHER_UP_TO, where):
         return [cholesky_solve(factor, one) for factor, one in zip(factors, rhs, strict=True)]
-    xp = namespace(rhs[0])
-    # LAPACK leaves factors with their columns in a row, and wants them so: as transposes they are copied as they lie.
-    stack = xp.matrix_transpose(xp.stack([factor.T for factor in factors]))
-    solutions = cholesky_solve(stack, xp.stack(list(rhs))[:, :, None])
+    solutions = cholesky_solve(stacked(factors), namespace(rhs[0]).stack(list(rhs))[:, :, None])
     return list(solutions[:, :, 0])
 
 

@@ -130,14 +130,15 @@ class Woodbury(Solver):
     def factorize_all(self, estimates: Sequence[Any], dampings: Sequence[float]) -> list[Any]:
         if type(self).factorize is not Woodbury.factorize:
             return super().factorize_all(estimates, dampings)
-        # Kernels of all blocks have the size of the batch, so that most are of one size.
-        small = [place for place, estimate in enumerate(estimates) if isinstance(estimate, Covariance)]
-        large = [place for place, estimate in enumerate(estimates) if not isinstance(estimate, Covariance)]
         inverses: list[Any] = [None] * len(estimates)
-        explicit = Dense().factorize_all([estimates[p] for p in small], [dampings[p] for p in small])
+        small = [place for place, estimate in enumerate(estimates) if isinstance(estimate, Covariance)]
+        if small:
+            explicit = Dense().factorize_all([estimates[p] for p in small], [dampings[p] for p in small])
+            for place, inverse in zip(small, explicit, strict=True):
+                inverses[place] = inverse
+        # Kernels of all blocks have the size of the batch, so that most are of one size.
+        large = [place for place, inverse in enumerate(inverses) if inverse is None]
         factors = cholesky_factors([estimates[p].kernel for p in large], [dampings[p] for p in large])
-        for place, inverse in zip(small, explicit, strict=True):
-            inverses[place] = inverse
         for place, factor in zip(large, factors, strict=True):
             inverses[place] = WoodburyInverse(estimates[place].factors, factor, float(dampings[place]))
         return inverses

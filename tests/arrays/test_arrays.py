@@ -44,6 +44,34 @@ def test_what_is_not_positive_definite_says_so(array, bad):
         arrays.cholesky(array(bad))
 
 
+def test_matrices_put_together(array):
+    several = array(spd(batch=(4,)))
+    factors = list(arrays.cholesky(several))
+    orders = {"in order": [0, 1, 2, 3], "out of order": [1, 0, 2, 3], "some": [0, 1], "one twice": [0, 0, 2, 3]}
+    for order in orders.values():
+        whole = arrays.stacked([factors[place] for place in order])
+        np.testing.assert_allclose(whole, np.stack([np.asarray(factors[place]) for place in order]))
+        assert np.asarray(whole).shape == (len(order), 5, 5)
+    transposed = arrays.stacked([factor.T for factor in factors])
+    np.testing.assert_allclose(transposed, np.stack([np.asarray(factor).T for factor in factors]))
+
+
+def test_parts_of_one_tensor_are_put_together_without_a_copy():
+    whole = torch.linalg.cholesky(torch.from_numpy(spd(batch=(3,))))
+    assert arrays.stacked(list(whole)) is whole
+    again = arrays.stacked([part.clone() for part in whole])
+    assert again.stride() == whole.stride()  # as LAPACK leaves factors and wants them
+
+
+@pytest.mark.parametrize("bad", [[0], [2], [0, 1, 2]])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -5.0])
+def test_one_bad_matrix_of_several_is_enough(array, bad, value):
+    several = spd(batch=(3,))
+    several[bad, 2, 2] = value
+    with pytest.raises(NotPositiveDefiniteError, match=r"\(3, 5, 5\)"):
+        arrays.cholesky(array(several))
+
+
 def test_small_operations(array):
     matrix = array(spd())
     np.testing.assert_allclose(arrays.add_diagonal(matrix, 2.0), spd() + 2 * np.eye(5))
