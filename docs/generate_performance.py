@@ -96,8 +96,8 @@ glibc gives blocks of more than 32 MiB back to the system when they are freed, a
 which takes several times as long as filling them. So explicit rows of that size take the memory that the rows before
 the last ones left (`curvlib.arrays.Buffers`); what a step does not take again is let go. A step on two layers of
 768 × 768 and 16 sequences of 64 takes 66 instead of 96 ms with it. Smaller blocks stay in the heap, but its end is
-given back too: with `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` set to some gigabytes in the environment (or with
-another allocator preloaded) all pages are kept, for SGD's activations as well as for rows.
+given back too: with `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` set to some gigabytes in the environment (or
+with another allocator preloaded) all pages are kept, for SGD's activations as well as for rows.
 
 ## Floors
 
