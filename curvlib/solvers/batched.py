@@ -10,8 +10,8 @@ from curvlib.solvers.base import check_damping
 
 __all__ = ["cholesky_factors", "kernel_solutions"]
 
-_FACTORIZED_TOGETHER_UP_TO = 512
-"""Rows up to which one factorisation of a stack beats one a matrix: every call wakes the threads for its own."""
+_FACTORIZED_TOGETHER_UP_TO = 1 << 20
+"""Elements of a stack up to which one factorisation of it beats one a matrix, each in a thread of its own."""
 
 _SOLVED_TOGETHER_UP_TO = 128
 """Rows up to which one solve of a stack beats one a matrix, which keeps a single thread busy and copies nothing."""
@@ -41,7 +41,8 @@ def cholesky_factors(matrices: Sequence[Array], dampings: Sequence[float]) -> li
         alike.setdefault((matrix.shape[0], matrix.dtype, device(matrix)), []).append(place)
     for (n, _, where), places in alike.items():
         own, values = [matrices[place] for place in places], [checked[dampings[place]] for place in places]
-        if len(places) > 1 and _stacking_pays(n, _FACTORIZED_TOGETHER_UP_TO, where):
+        stacked_size = len(places) * n * n
+        if len(places) > 1 and _stacking_pays(stacked_size, _FACTORIZED_TOGETHER_UP_TO, where):
             made = list(cholesky(_damped_stack(own, values)))  # apart in one call, not one by one
         else:
             made = side_by_side(_damped_factor, list(zip(own, values, strict=True)), [n] * len(places), own[0])
@@ -79,6 +80,6 @@ def kernel_solutions(factors: Sequence[Array], rhs: Sequence[Array]) -> list[Arr
     return list(solutions[:, :, 0])
 
 
-def _stacking_pays(n: int, most: int, where: Any) -> bool:
+def _stacking_pays(size: int, most: int, where: Any) -> bool:
     """Whether one call for all blocks is worth copying their matrices together: LAPACK takes one after the other."""
-    return n <= most or str(where) != "cpu"
+    return size <= most or str(where) != "cpu"
