@@ -268,7 +268,8 @@ class Capture:
             needed = [tensor for tensor in results if tensor.requires_grad]
             if not needed:
                 return None
-            saved = None if use.adapter.saved is None else use.adapter.saved(module, output)
+            # Attached to the graph, whose hooks hold the record, it would keep both alive for ever.
+            saved = None if use.adapter.saved is None else mapped(Tensor.detach, use.adapter.saved(module, output))
             if len(needed) > 1:
                 # One output may be made of another, as the hidden state of an LSTM cell is of its cell state. What
                 # arrives at the other one would hold that too; at a copy it is the cotangent alone.

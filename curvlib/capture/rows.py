@@ -72,7 +72,9 @@ def call_rows(block: Block, use: Use, call: Record, current: Pass) -> Factors:
     arrived = next(cotangent for cotangent in cotangents if cotangent is not None)
     columns = int(arrived.shape[0])
     adapter = use.adapter
-    saved = () if adapter.saved is None else (call.saved,)
+    # What was looked up lies as the call's tensors do; an adapter's input has its samples first.
+    in_place = adapter.whole_call or call.axis == 0
+    saved = () if adapter.saved is None else (call.saved if in_place else None,)
 
     def run(x: Any, g: Any, rows: int) -> Factors:
         # An adapter that reads parameters would otherwise keep a graph alive in the rows.

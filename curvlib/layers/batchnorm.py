@@ -22,6 +22,7 @@ from curvlib.factors import Dense
 from curvlib.layers.channels import batch_rows, channel_rows
 from curvlib.layers.linear import trainable
 from curvlib.layers.registry import register
+from curvlib.layers.saved import saved_results
 
 __all__ = ["batch_norm", "uses_batch_statistics"]
 
@@ -41,14 +42,7 @@ def saved_statistics(layer: Any, output: Tensor) -> tuple[Tensor, Tensor] | None
     output
         What it returned.
     """
-    node = output.grad_fn
-    if node is None or not node.name().startswith("NativeBatchNorm") or not uses_batch_statistics(layer):
-        return None
-    # Under hooks for saved tensors, such as those of checkpointing, a look would bring tensors back or compute them.
-    hooked = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if hooked is None or hooked(True) is not None:
-        return None
-    return node._saved_result1, node._saved_result2  # type: ignore[attr-defined]  # torch names them at run time
+    return saved_results(output, "NativeBatchNorm") if uses_batch_statistics(layer) else None
 
 
 @register(

@@ -12,12 +12,18 @@ from curvlib.factors import Dense
 from curvlib.layers.channels import channel_rows
 from curvlib.layers.linear import trainable
 from curvlib.layers.registry import register
+from curvlib.layers.saved import saved_results
 
 __all__ = ["group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 
-@register(nn.LayerNorm, columns=True, positionwise=True, kronecker=False)
-def layer_norm(layer: nn.LayerNorm, x: Tensor, g: Tensor) -> Dense:
+def saved_statistics(layer: nn.LayerNorm, output: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and inverse standard deviation of every position, if autograd saved them."""
+    return saved_results(output, "NativeLayerNorm")
+
+
+@register(nn.LayerNorm, columns=True, positionwise=True, kronecker=False, saved=saved_statistics)
+def layer_norm(layer: nn.LayerNorm, x: Tensor, g: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Dense:
     """Rows ``Σ g · x̂`` and ``Σ g`` over positions, x̂ the normalised input.
 
     Parameters
@@ -28,9 +34,18 @@ def layer_norm(layer: nn.LayerNorm, x: Tensor, g: Tensor) -> Dense:
         Shape ``(n, *positions, *normalized_shape)``.
     g
         Shape ``(n, columns, *positions, *normalized_shape)``.
+    statistics
+        From `saved_statistics`.
     """
     weight, bias = trainable(layer)
-    normalized = functional.layer_norm(x, layer.normalized_shape, None, None, layer.eps) if weight else None
+    normalized = None
+    if weight is not None:
+        each = (*x.shape[: -len(layer.normalized_shape)], *(1 for _ in layer.normalized_shape))
+        if statistics is not None and all(one.shape == each and one.dtype == x.dtype for one in statistics):
+            mean, inverse = statistics
+            normalized = (x - mean).mul_(inverse)
+        else:
+            normalized = functional.layer_norm(x, layer.normalized_shape, None, None, layer.eps)
     return _feature_rows(normalized, g, layer.normalized_shape, weight, bias)
 
 

@@ -50,8 +50,9 @@ class Softmaxed(Scale):
     """Multiplies with softmax(x), which it need not compute again for its rows."""
 
     def forward(self, x):
-        self.last = x.softmax(-1)
-        return self.gain * self.last
+        probabilities = x.softmax(-1)
+        self.last = probabilities.detach()
+        return self.gain * probabilities
 
 
 @pytest.mark.parametrize("columns", [True, False])
@@ -59,7 +60,7 @@ class Softmaxed(Scale):
 def test_an_adapter_may_look_something_up_when_a_call_ends(registry, columns, fisher):
     found = []
 
-    @register(Softmaxed, columns=columns, saved=lambda layer, output: (layer.last, output.detach()))
+    @register(Softmaxed, columns=columns, saved=lambda layer, output: (layer.last, output))
     def softmaxed(layer, x, g, saved=None):
         found.append(saved)
         return Dense(gain=(g * (saved[0][:, None] if columns else saved[0])).reshape(-1, 4))
@@ -73,6 +74,7 @@ def test_an_adapter_may_look_something_up_when_a_call_ends(registry, columns, fi
         return curvlib.collect(model, fisher, x, loss=loss, generator=generator)["1"].dense().matrix()
 
     ours, hidden = rows(), model[0](x)
+    assert not any(tensor.requires_grad for saved in found for tensor in saved)
     assert all(torch.equal(output, model[1].gain * last) for last, output in found)
     torch.testing.assert_close(found[0][0], hidden.softmax(-1))
     register(Softmaxed, replace=True)(fallback)

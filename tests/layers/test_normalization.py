@@ -4,10 +4,12 @@ import pytest
 import torch
 from one_layer import assert_same, check_layer, numbers, prepared
 from torch import nn
+from torch.nn import functional
 
+import curvlib
 from curvlib.factors import Dense
 from curvlib.layers import adapter_for, partition
-from curvlib.layers.normalization import group_norm
+from curvlib.layers.normalization import group_norm, layer_norm, saved_statistics
 
 SEQUENCE, IMAGE = numbers(3, 2, 4), numbers(3, 4, 2, 3)
 LAYERS = {
@@ -43,6 +45,40 @@ def test_rows(name):
     build, x = LAYERS[name]
     assert adapter_for(type(build())).closed_form
     assert isinstance(check_layer(prepared(build()), x), Dense)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 4)])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_saved_statistics_give_the_same_rows(shape, offset):
+    layer, x, g = nn.LayerNorm(shape, eps=0.1).double(), offset + numbers(3, 5, 2, 4), numbers(3, 2, 5, 2, 4)
+    statistics = saved_statistics(layer, layer(x))
+    with torch.no_grad():
+        ours, truth = layer_norm(layer, x, g, statistics).values, layer_norm(layer, x, g).values
+    for name, rows in truth.items():
+        torch.testing.assert_close(ours[name], rows, rtol=1e-9, atol=1e-9)
+    half = layer_norm(layer.float(), x.float(), g.float(), statistics).values["weight"]  # of another dtype: not taken
+    assert half.dtype == torch.float32
+
+
+def test_statistics_of_samples_on_another_axis_are_not_mixed_up():
+    """As many positions as samples, so that no shape tells the axes apart."""
+
+    class Swapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.norm(x.transpose(0, 1)).transpose(0, 1).mean(1))
+
+    torch.manual_seed(0)
+    model, x, y = Swapped().double(), numbers(3, 3, 4) * torch.arange(1, 4)[:, None, None], torch.arange(3) % 2
+    rows = curvlib.collect(model, curvlib.Empirical(), x, loss=lambda out: functional.cross_entropy(out, y))["norm"]
+    truth = []
+    for sample, label in zip(x, y, strict=True):
+        loss = functional.cross_entropy(model(sample[None]), label[None])
+        truth.append(torch.autograd.grad(loss, model.norm.weight)[0])
+    assert_same(rows.dense().values["weight"], torch.stack(truth))
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
