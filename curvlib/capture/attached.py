@@ -87,7 +87,15 @@ def _nobody() -> None:
 
 @cache
 def _uncompiled() -> type[Hook]:
-    call = torch.compiler.disable(Hook.__call__)  # type: ignore[no-untyped-call]  # untyped in torch
+    apart = torch.compiler.disable(Hook.__call__)  # type: ignore[no-untyped-call]  # untyped in torch
+
+    def call(hook: Hook, module: nn.Module, *arguments: Any) -> Any:
+        # What sets a function apart from what is compiled takes longer than most hooks, also where nothing is.
+        if torch.compiler.is_compiling():
+            return apart(hook, module, *arguments)
+        function = hook._function()
+        return Hook.__call__(hook, module) if function is None else function(module, *arguments)
+
     return type("UncompiledHook", (Hook,), {"__call__": call})
 
 
