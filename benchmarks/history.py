@@ -1,6 +1,6 @@
 """asv results over this repository's own commits, without an environment for each: this Python, that commit's curvlib.
 
-    python -m benchmarks.history [--commits 6 | --commits abc1234,def5678] [--machine cpu-2core] [--bench REGEX]
+    python -m benchmarks.history [--commits 8 | --commits abc1234,def5678] [--machine cpu-2core] [--bench REGEX]
     python -m benchmarks.history --publish docs/_build/html/asv
 
 A commit's package is unpacked into a temporary folder that comes first on the path of the benchmarks, which are today's
@@ -20,7 +20,7 @@ from benchmarks.record import ROOT
 
 FOLDER = ROOT / "benchmarks"
 RESULTS = FOLDER / "results" / "asv"
-BENCH = r"^inversion\.(Network\.time|Linear\.time_factorize\(.*512, \d+, 'float32')"
+BENCH = r"^(inversion\.Network\.(time_inversion|track)|steps\.AgainstSGD)"
 ENVIRONMENT = f"existing-py{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -95,7 +95,7 @@ def only_measured(path, machine):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--commits", default="6")
+    parser.add_argument("--commits", default="8")
     parser.add_argument("--machine", default="cpu-2core")
     parser.add_argument("--bench", default=BENCH)
     parser.add_argument("--keep", action="store_true", help="keep results of other commits, from earlier runs")
