@@ -37,7 +37,11 @@ def commits(wanted):
     return list(dict.fromkeys(every[round(i * last / max(1, count - 1))] for i in range(count)))
 
 
-def asv(*arguments, package=None, html="../.asv/html"):
+FAILED = 2
+"""What asv exits with when a benchmark failed; its other results are good."""
+
+
+def asv(*arguments, package=None, html="../.asv/html", good=(0,)):
     """Run asv on the committed results; those of `make bench` are kept elsewhere."""
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     if package is not None:
@@ -49,7 +53,9 @@ def asv(*arguments, package=None, html="../.asv/html"):
         path = Path(folder) / "asv.conf.json"
         path.write_text(json.dumps(config), encoding="utf-8")
         command = [sys.executable, "-m", "asv", *arguments, "--config", str(path)]
-        subprocess.run(command, check=True, env=environment, cwd=ROOT)
+        done = subprocess.run(command, check=False, env=environment, cwd=ROOT)
+        if done.returncode not in good:
+            done.check_returncode()
 
 
 def measure(commit, machine, bench):
@@ -60,7 +66,7 @@ def measure(commit, machine, bench):
         asv(
             "run", "--environment", f"existing:{sys.executable}", "--set-commit-hash", commit, "--machine", machine,
             "--bench", bench, "--launch-method", "forkserver", "-a", "rounds=1", "-a", "repeat=7", "-a",
-            "warmup_time=0.05", package=folder,
+            "warmup_time=0.05", package=folder, good=(0, FAILED),
         )  # fmt: skip
 
 

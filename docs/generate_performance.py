@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,10 @@ Medians over this repository's own commits ({machine}), `python -m benchmarks.hi
 solve for 20 blocks, by batch.{provisional}
 
 {history}
+Ten steps against ten of SGD in the same process, in turns (without `fused=True` for K-FAC; where a cell is empty, the
+commit lacks an option or refused the model):
+
+{steps}
 The same results as <a href="asv/index.html">asv's pages</a>, which `make docs` builds beside this one: the grid shows
 one plot a benchmark, with a line for each combination of parameters; the boxes on the left choose which. Dots are
 commits, and "Regressions" lists where a line has stepped up. (The pages load their plotting library from the
@@ -243,21 +249,27 @@ def inversion(growth: dict[str, Any]) -> str:
     )
 
 
-def history() -> tuple[str, str]:
-    """Return the machine of asv's results, and the inversion times by commit, oldest first."""
+def history() -> tuple[str, str, str]:
+    """Return the machine of asv's results, and by commit, oldest first, inversion times and steps against SGD's."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("asv/*/*-*.json"))]
-    name, rows, batches = "inversion.Network.time_inversion", [], []
+    inversions, steps = [], []
     for result in sorted(results, key=lambda result: result["date"]):
-        values, (batches, _), *_ = result["results"][name]
-        rows.append([f"`{result['commit_hash'][:7]}`", *(f"{1e3 * value:.2f}" for value in values)])
-    return results[0]["params"]["machine"], table(["commit", *batches], rows)
+        day = datetime.fromtimestamp(result["date"] / 1e3, tz=timezone.utc).date()
+        commit = [f"`{result['commit_hash'][:7]}`", day.isoformat()]
+        times, (batches, _), *_ = result["results"]["inversion.Network.time_inversion"]
+        inversions.append([*commit, *(f"{1e3 * value:.2f}" for value in times)])
+        ratios, kinds, *_ = result["results"]["steps.AgainstSGD.track_ratio"]
+        steps.append([*commit, *("" if value is None or value != value else f"{value:.2f}" for value in ratios)])
+    combinations = [", ".join(word.strip("'") for word in pair) for pair in product(*kinds)]
+    head = ["commit", "date"]
+    return results[0]["params"]["machine"], table([*head, *batches], inversions), table([*head, *combinations], steps)
 
 
 def text() -> str:
     """Return the whole page."""
     peers, growth = own_rows(load("peers/peers.json")), load("growth/growth.json")
     least = load("floors/floors.json")
-    machine, past = history()
+    machine, past, steps = history()
     return TEXT.format(
         conditions=report.conditions({**peers, "missing": {}, "environment": {**peers["environment"], "packages": {}}}),
         ratios=report.ratios(peers),
@@ -272,6 +284,7 @@ def text() -> str:
         inversion=inversion(growth),
         machine=machine,
         history=past,
+        steps=steps,
         provisional=f" {PROVISIONAL}" if growth["environment"]["provisional"] else "",
         threshold=THRESHOLD,
     )
