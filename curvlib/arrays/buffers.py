@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 from weakref import ref
 
 import numpy as np
@@ -21,15 +21,12 @@ _LARGE = 32 << 20
 """Bytes from which on glibc asks the system for memory each time, and gets it page by page, zeroed."""
 
 
-_Bytes: TypeAlias = np.ndarray[Any, Any]
-
-
 @dataclass(frozen=True, eq=False)
 class _Lent:
     """Memory, and the view of it that a tensor is made of, for as long as that is there."""
 
-    memory: _Bytes
-    view: ref[_Bytes]
+    memory: Tensor
+    view: ref[np.ndarray[Any, Any]]
 
 
 class Buffers:
@@ -56,13 +53,15 @@ class Buffers:
             Of the tensor.
         """
         size = prod(shape) * like.element_size()
-        if like.device.type != "cpu" or size < _LARGE or is_compiling():
+        # Tensors of other types may have no memory, such as those that stand for others while shapes are found out.
+        if type(like) is not Tensor or like.device.type != "cpu" or size < _LARGE or is_compiling():
             return like.new_empty(tuple(shape))
         memory = self._unused(size)
         if memory is None:
-            memory = np.empty(size, dtype=np.uint8)
+            # Not NumPy's own: it asks for huge pages, which the system may have to put together first.
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         # The storage of the tensor holds this view of the memory for as long as there is a tensor of that storage.
-        view = memory.view()
+        view = memory.numpy()
         self._memory.append(_Lent(memory, ref(view)))
         return torch.from_numpy(view).view(like.dtype).view(tuple(shape))
 
@@ -79,7 +78,7 @@ class Buffers:
         while self._unused() is not None:
             pass
 
-    def _unused(self, size: int | None = None) -> _Bytes | None:
+    def _unused(self, size: int | None = None) -> Tensor | None:
         """Take out memory that no tensor is made of, of so many bytes or of any number."""
         for lent in list(self._memory):
             if lent.view() is None and size in (None, lent.memory.nbytes):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import curvlib
@@ -49,6 +50,17 @@ def test_only_memory_of_the_same_size_is_taken_again_and_trim_lets_go_the_rest()
 def test_dtype_and_shape(dtype):
     made = Buffers().empty(torch.zeros(1, dtype=dtype), (2, 3, 5))
     assert (made.dtype, made.shape, made.is_contiguous()) == (dtype, (2, 3, 5), True)
+
+
+def test_tensors_without_memory_and_of_another_default_device():
+    pool = Buffers()
+    with FakeTensorMode():
+        assert pool.empty(torch.zeros(1), (3, 4)).shape == (3, 4)
+        assert pool.product(torch.ones(2, 3, 4), torch.ones(2, 4, 5)).shape == (2, 3, 5)
+    assert pool.empty(LIKE.to("meta"), (3,)).is_meta
+    assert len(pool) == 0
+    with torch.device("meta"):
+        assert pool.empty(LIKE, (3,)).device.type == "cpu"
 
 
 def test_small_tensors_have_memory_of_their_own(monkeypatch):
