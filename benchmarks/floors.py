@@ -101,26 +101,27 @@ class Blocks:
 
 
 def _calls(model):
-    """Name of each module to what goes in and the cotangent that comes back, of the pass that follows."""
+    """Name of each module to what goes in, is saved of it, and comes back as cotangent, of the pass that follows."""
     calls = {}
 
-    def hook(name):
+    def hook(name, adapter):
         def note(module, args, output):
-            calls[name] = [args[0].detach()]
+            calls[name] = [args[0].detach(), () if adapter.saved is None else (adapter.saved(module, output),)]
             if output.requires_grad:
                 output.register_hook(calls[name].append)
 
         return note
 
     for name, module in model.named_modules():
-        if adapter_for(type(module)) is not None:
-            module.register_forward_hook(hook(name))
+        adapter = adapter_for(type(module))
+        if adapter is not None:
+            module.register_forward_hook(hook(name, adapter))
     return calls
 
 
-def _adapted(module, x, g):
+def _adapted(module, x, saved, g):
     adapter = adapter_for(type(module))
-    return partial(adapter.function, module, x, g[:, None] if adapter.columns else g)
+    return partial(adapter.function, module, x, g[:, None] if adapter.columns else g, *saved)
 
 
 class _Part:
