@@ -91,10 +91,8 @@ def _uncompiled() -> type[Hook]:
 
     def call(hook: Hook, module: nn.Module, *arguments: Any) -> Any:
         # What sets a function apart from what is compiled takes longer than most hooks, also where nothing is.
-        if torch.compiler.is_compiling():
-            return apart(hook, module, *arguments)
-        function = hook._function()
-        return Hook.__call__(hook, module) if function is None else function(module, *arguments)
+        function = apart if torch.compiler.is_compiling() else Hook.__call__
+        return function(hook, module, *arguments)
 
     return type("UncompiledHook", (Hook,), {"__call__": call})
 

@@ -22,7 +22,7 @@ from curvlib.factors import Dense
 from curvlib.layers.channels import batch_rows, channel_rows
 from curvlib.layers.linear import trainable
 from curvlib.layers.registry import register
-from curvlib.layers.saved import saved_results
+from curvlib.layers.saved import fitting, saved_results
 
 __all__ = ["batch_norm", "uses_batch_statistics"]
 
@@ -85,9 +85,7 @@ def batch_norm(layer: Any, x: Tensor, g: Tensor, statistics: tuple[Tensor, Tenso
             "SyncBatchNorm in training mode normalises by the batches of all processes, and one process has no exact "
             "rows for it: use BatchNorm, put it in eval mode, or freeze its weight"
         )
-    if statistics is not None and any(one.dtype != x.dtype or one.shape != x.shape[1:2] for one in statistics):
-        statistics = None
-    return batch_rows(x, g, layer.eps, weight, bias, statistics)
+    return batch_rows(x, g, layer.eps, weight, bias, fitting(statistics, x.shape[1:2], x))
 
 
 def _processes() -> int:

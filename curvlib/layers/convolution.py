@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -128,14 +128,13 @@ class ConvolutionFactors(Factors):
         return self.plan.choose("rows", self.sizes, default, candidates)
 
     def _grouped_rows(self, columns: Sequence[Tensor]) -> list[Tensor]:
-        step = cost.grouped_chunk(self.sizes)
-        shape, kernel = self.weight_shape, self._kernel
-        return grouped_gradients(columns, self.images, shape, kernel, self.groups, step, self._empty)
+        return self._by_sample(grouped_gradients, columns, cost.grouped_chunk(self.sizes))
 
     def _unfolded_rows(self, columns: Sequence[Tensor]) -> list[Tensor]:
-        step = cost.unfold_chunk(self.sizes)
-        shape, kernel = self.weight_shape, self._kernel
-        return unfolded_gradients(columns, self.images, shape, kernel, self.groups, step, self._empty)
+        return self._by_sample(unfolded_gradients, columns, cost.unfold_chunk(self.sizes))
+
+    def _by_sample(self, gradients: Callable[..., list[Tensor]], columns: Sequence[Tensor], step: int) -> list[Tensor]:
+        return gradients(columns, self.images, self.weight_shape, self._kernel, self.groups, step, self._empty)
 
     def _empty(self, like: Tensor, shape: Sequence[int]) -> Tensor:
         """Memory for rows."""

@@ -12,7 +12,7 @@ from curvlib.factors import Dense
 from curvlib.layers.channels import channel_rows
 from curvlib.layers.linear import trainable
 from curvlib.layers.registry import register
-from curvlib.layers.saved import saved_results
+from curvlib.layers.saved import fitting, saved_results
 
 __all__ = ["group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -41,8 +41,8 @@ def layer_norm(layer: nn.LayerNorm, x: Tensor, g: Tensor, statistics: tuple[Tens
     normalized = None
     if weight is not None:
         each = (*x.shape[: -len(layer.normalized_shape)], *(1 for _ in layer.normalized_shape))
-        if statistics is not None and all(one.shape == each and one.dtype == x.dtype for one in statistics):
-            mean, inverse = statistics
+        if (known := fitting(statistics, each, x)) is not None:
+            mean, inverse = known
             normalized = (x - mean).mul_(inverse)
         else:
             normalized = functional.layer_norm(x, layer.normalized_shape, None, None, layer.eps)

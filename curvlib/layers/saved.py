@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["saved_results"]
+__all__ = ["fitting", "saved_results"]
 
 
 def saved_results(output: Tensor, operation: str) -> tuple[Tensor, Tensor] | None:
@@ -26,3 +28,10 @@ def saved_results(output: Tensor, operation: str) -> tuple[Tensor, Tensor] | Non
     if hooked is None or hooked(True) is not None:
         return None
     return node._saved_result1, node._saved_result2  # type: ignore[attr-defined]  # torch names them at run time
+
+
+def fitting(saved: tuple[Tensor, Tensor] | None, shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return what was saved if both are of this shape and of the dtype of a tensor; None otherwise."""
+    if saved is None or any(one.shape != tuple(shape) or one.dtype != like.dtype for one in saved):
+        return None
+    return saved

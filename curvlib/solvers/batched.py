@@ -41,8 +41,8 @@ def cholesky_factors(matrices: Sequence[Array], dampings: Sequence[float]) -> li
         alike.setdefault((matrix.shape[0], matrix.dtype, device(matrix)), []).append(place)
     for (n, _, where), places in alike.items():
         own, values = [matrices[place] for place in places], [checked[dampings[place]] for place in places]
-        stacked_size = len(places) * n * n
-        if len(places) > 1 and _stacking_pays(stacked_size, _FACTORIZED_TOGETHER_UP_TO, where):
+        elements = len(places) * n * n
+        if len(places) > 1 and _stacking_pays(elements, _FACTORIZED_TOGETHER_UP_TO, where):
             made = list(cholesky(_damped_stack(own, values)))  # apart in one call, not one by one
         else:
             made = side_by_side(_damped_factor, list(zip(own, values, strict=True)), [n] * len(places), own[0])
