@@ -20,7 +20,7 @@ from benchmarks.peers.methods import DAMPING, LR, METHODS, MOMENTUM, left_out
 from benchmarks.peers.workloads import WORKLOADS, problem
 from benchmarks.record import circumstances, write
 from benchmarks.suites.blocks import in_turns
-from curvlib.factors import Dense, Scaled
+from curvlib.factors import Dense, Plan, Scaled
 from curvlib.layers import adapter_for
 from curvlib.solvers import EKFAC, KFAC, Woodbury
 
@@ -61,8 +61,14 @@ class Blocks:
         model, x, y = problem(workload)
         exact = left_out(model, solver)
         calls = _calls(model)
+        self.plan = Plan()
         rows = curvlib.collect(
-            model, curvlib.Empirical(), x, loss=lambda outputs: functional.cross_entropy(outputs, y), rest="freeze"
+            model,
+            curvlib.Empirical(),
+            x,
+            loss=lambda outputs: functional.cross_entropy(outputs, y),
+            rest="freeze",
+            plan=self.plan,
         )
         calls.clear()
         functional.cross_entropy(model(x), y).backward()
@@ -88,6 +94,7 @@ class Blocks:
                 rows()
         for part in self.parts:
             part.refresh()
+        self.plan.buffers.trim()
 
     def solve(self):
         for part in self.parts:

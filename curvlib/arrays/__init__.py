@@ -5,6 +5,7 @@ from curvlib.arrays.checks import Deferred, deferred, require
 from curvlib.arrays.indexing import equal_pairs, index_add
 from curvlib.arrays.linalg import (
     add_diagonal,
+    adjoining,
     cholesky,
     cholesky_inverse,
     cholesky_solve,
@@ -31,6 +32,7 @@ __all__ = [
     "Deferred",
     "Vector",
     "add_diagonal",
+    "adjoining",
     "altered",
     "cholesky",
     "cholesky_inverse",

@@ -1,11 +1,11 @@
-"""Memory of large arrays on the host, which one step leaves to the next."""
+"""Memory of large arrays on the host, which one step leaves to the next, and which equals share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import ref
 
 import numpy as np
@@ -20,6 +20,12 @@ __all__ = ["Buffers"]
 _LARGE = 32 << 20
 """Bytes from which on glibc asks the system for memory each time, and gets it page by page, zeroed."""
 
+SIDE_BY_SIDE = range(1 << 20, 16 << 20)
+"""Bytes of tensors that share memory with others of their shape; products of smaller ones gain nothing from it."""
+
+
+_Kind: TypeAlias = tuple[tuple[int, ...], torch.dtype]
+
 
 @dataclass(frozen=True, eq=False)
 class _Lent:
@@ -30,14 +36,19 @@ class _Lent:
 
 
 class Buffers:
-    """Uninitialised tensors whose memory is taken again when nobody holds it any more.
+    """Uninitialised tensors on the host, whose memory is taken again or lies side by side.
 
-    Only of large tensors on the host: there, filling new memory takes several times as long as filling used one. A GPU
-    has an allocator of its own that does this. Not part of a copy, nor of what is saved.
+    The memory of large tensors is taken again when nobody holds it any more: filling new memory takes several times as
+    long as filling used one. Smaller tensors of one shape, where the round before asked for several of them, are parts
+    of one, so that one call can multiply them all (`arrays.adjoining`); a round ends with `trim`. A GPU has an
+    allocator of its own. Not part of a copy, nor of what is saved.
     """
 
     def __init__(self) -> None:
         self._memory: list[_Lent] = []
+        self._asked: dict[_Kind, int] = {}  # how many of a kind this round has asked for
+        self._expected: dict[_Kind, int] = {}  # and the last round that asked for any
+        self._parts: dict[_Kind, list[Tensor]] = {}  # made, and not yet asked for
 
     def __len__(self) -> int:
         return len(self._memory)
@@ -54,8 +65,37 @@ class Buffers:
         """
         size = prod(shape) * like.element_size()
         # Tensors of other types may have no memory, such as those that stand for others while shapes are found out.
-        if type(like) is not Tensor or like.device.type != "cpu" or size < _LARGE or is_compiling():
+        if type(like) is not Tensor or like.device.type != "cpu" or is_compiling():
             return like.new_empty(tuple(shape))
+        if size in SIDE_BY_SIDE:
+            return self._side_by_side(like, tuple(shape), size)
+        if size < _LARGE:
+            return like.new_empty(tuple(shape))
+        return self._taken_again(like, tuple(shape), size)
+
+    def product(self, first: Array, second: Array) -> Array:
+        """Return ``first @ second`` for arrays of any library, shapes ``(k, n, m)`` and ``(k, m, d)``."""
+        shape = (*first.shape[:2], second.shape[2])
+        plain = not isinstance(first, Tensor) or first.requires_grad or second.requires_grad or is_compiling()
+        if plain or prod(shape) * first.element_size() < min(_LARGE, SIDE_BY_SIDE.start):
+            return first @ second
+        return torch.bmm(first, second, out=self.empty(first, shape))
+
+    def trim(self) -> None:
+        """End a round: let go of memory that nobody holds."""
+        self._parts.clear()
+        if self._asked:
+            self._expected, self._asked = self._asked, {}
+        while self._unused() is not None:
+            pass
+
+    def restart(self) -> None:
+        """Begin the round anew: what it asked for was in vain."""
+        self._parts.clear()
+        self._asked.clear()
+
+    def _taken_again(self, like: Tensor, shape: tuple[int, ...], size: int) -> Tensor:
+        """Return a tensor of memory that nobody holds any more, or of new memory that will be lent again."""
         memory = self._unused(size)
         if memory is None:
             # Not NumPy's own: it asks for huge pages, which the system may have to put together first.
@@ -63,20 +103,22 @@ class Buffers:
         # The storage of the tensor holds this view of the memory for as long as there is a tensor of that storage.
         view = memory.numpy()
         self._memory.append(_Lent(memory, ref(view)))
-        return torch.from_numpy(view).view(like.dtype).view(tuple(shape))
+        return torch.from_numpy(view).view(like.dtype).view(shape)
 
-    def product(self, first: Array, second: Array) -> Array:
-        """Return ``first @ second`` for arrays of any library, shapes ``(k, n, m)`` and ``(k, m, d)``."""
-        shape = (*first.shape[:2], second.shape[2])
-        plain = not isinstance(first, Tensor) or first.requires_grad or second.requires_grad or is_compiling()
-        if plain or prod(shape) * first.element_size() < _LARGE:
-            return first @ second
-        return torch.bmm(first, second, out=self.empty(first, shape))
-
-    def trim(self) -> None:
-        """Let go of memory that nobody holds."""
-        while self._unused() is not None:
-            pass
+    def _side_by_side(self, like: Tensor, shape: tuple[int, ...], size: int) -> Tensor:
+        """Return a part of a larger tensor, if as many of this kind are expected, and else a tensor by itself."""
+        kind = (shape, like.dtype)
+        number = self._asked.get(kind, 0)
+        self._asked[kind] = number + 1
+        if not self._parts.get(kind):
+            coming = self._expected.get(kind, 0) - number
+            if coming < 2:
+                return like.new_empty(shape)
+            # No more at once than the memory that glibc keeps, and evenly.
+            together = -(-coming // -(-coming // ((_LARGE - 1) // size)))
+            self._parts[kind] = list(self._taken_again(like, (together, *shape), together * size).unbind())
+        # The last first, since backward asks for the last block's first.
+        return self._parts[kind].pop()
 
     def _unused(self, size: int | None = None) -> Tensor | None:
         """Take out memory that no tensor is made of, of so many bytes or of any number."""

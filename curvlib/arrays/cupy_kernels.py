@@ -20,6 +20,7 @@ __all__ = [
     "FAILURES",
     "add_diagonal",
     "address",
+    "adjoining",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",
@@ -117,6 +118,11 @@ def matrix_vector(matrix: Array, vector: Array) -> Array:
 def stacked(matrices: Sequence[Array]) -> Array:
     """Matrices of one shape as one array, their columns in a row as LAPACK leaves those of factors."""
     return cupy.stack([matrix.T for matrix in matrices]).swapaxes(-2, -1)
+
+
+def adjoining(matrices: Sequence[Array]) -> list[tuple[list[int], Array]]:
+    """None: nothing puts arrays of this library side by side."""
+    return []
 
 
 def address(array: Array) -> Any:

@@ -12,6 +12,7 @@ from curvlib.errors import NotPositiveDefiniteError
 
 __all__ = [
     "add_diagonal",
+    "adjoining",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",
@@ -23,6 +24,7 @@ __all__ = [
     "require_finite",
     "self_product",
     "side_by_side",
+    "stacked",
     "trace",
     "triangular_solve",
     "widen",
@@ -163,6 +165,18 @@ def matrix_vector(matrix: Array, vector: Array) -> Array:
 def stacked(matrices: Sequence[Array]) -> Array:
     """Matrices of one shape as one array, laid out as they are; not to be changed, for it may be where they lie."""
     return kernels(matrices[0]).stacked(matrices)
+
+
+def adjoining(matrices: Sequence[Array]) -> list[tuple[list[int], Array]]:
+    """Stacks that several matrices of one shape are the parts of as they lie, where one call for a stack gains.
+
+    Returns
+    -------
+    list
+        Of each stack the places of its matrices, and itself, shape ``(matrices, n, d)``, not to be changed: of all
+        matrices, one alone too, or of none.
+    """
+    return kernels(matrices[0]).adjoining(matrices)  # type: ignore[no-any-return]  # the kernels are found at run time
 
 
 def side_by_side(

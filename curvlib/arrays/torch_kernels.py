@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from curvlib.arrays.buffers import SIDE_BY_SIDE
+
 __all__ = [
     "FAILURES",
     "add_diagonal",
     "address",
+    "adjoining",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",
@@ -48,6 +51,9 @@ _HALVED_FROM, _HALVED_SIZE, _BLOCK, _FEW = 256, 2**18, 128, 4
 
 _ROWS_EACH = 16
 """Rows that a thread needs for its share of a product to be worth a call of its own, on a CPU."""
+
+_LINE = 64
+"""Bytes of a line of the cache."""
 
 _WORTH_THREADS = 2e7
 """Sum of cubed widths of Cholesky factorisations from which threads of their own make up for their making, on a CPU."""
@@ -207,6 +213,44 @@ def _are_parts(matrices: Sequence[Tensor], whole: Tensor) -> bool:
             return False
         place += strides[0]
     return True
+
+
+def adjoining(matrices: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
+    """Stacks of matrices of one shape, of those together that `Buffers` put side by side; none where they gain nothing.
+
+    Whether there are stacks depends on the matrices' number and shape alone, and a product of a stack has the same bits
+    for a matrix however many others are in it: so that nothing depends on where memory happens to lie, which is not as
+    before in a run that is resumed.
+    """
+    first = matrices[0]
+    wide, size = first.shape[1] * first.element_size(), first.numel()
+    apart = is_compiling() or first.device.type != "cpu" or any(type(one) is not Tensor for one in matrices)
+    # Routines take other ways through rows that do not begin at a line of the cache.
+    if apart or wide % _LINE or size * first.element_size() not in SIDE_BY_SIDE or not _shared_evenly(len(matrices)):
+        return []
+    try:
+        where = [(one.untyped_storage().data_ptr(), one.storage_offset()) for one in matrices]
+    except (RuntimeError, NotImplementedError):  # inside a transform of torch.func
+        return []
+    runs: list[list[int]] = []
+    for place in sorted(range(len(matrices)), key=where.__getitem__):
+        storage, offset = where[place]
+        if runs and where[runs[-1][-1]] == (storage, offset - size) and matrices[place].is_contiguous():
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return [(run, _one_behind_the_other(matrices[run[0]], len(run))) for run in runs]
+
+
+def _one_behind_the_other(first: Tensor, count: int) -> Tensor:
+    stack = first[None]
+    return stack if count == 1 else stack.as_strided((count, *first.shape), (first.numel(), *first.stride()))
+
+
+def _shared_evenly(count: int) -> bool:
+    """Whether so many equal pieces of work, one after the other in each thread, keep most threads busy to the end."""
+    threads = torch.get_num_threads()
+    return count > 1 and -(-count // threads) * threads <= 1.25 * count
 
 
 def _rows_each(n: int) -> int:

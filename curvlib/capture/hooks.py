@@ -185,6 +185,7 @@ class Capture:
         """Forget what was captured and not yet taken."""
         self._discard()
         self._used.clear()
+        self.rows.plan.buffers.restart()
 
     def take(self) -> dict[str, Factors]:
         """Factors of every block over all passes that a backward went through since the last call.

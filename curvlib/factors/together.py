@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from curvlib.arrays import Array, device, namespace, self_product
+from curvlib.arrays import Array, adjoining, device, matrix_vector, namespace, self_product
 from curvlib.factors.base import Factors
 from curvlib.factors.dense import Dense
 from curvlib.factors.scaled import Scaled
 
-__all__ = ["covariances", "grams"]
+__all__ = ["covariances", "grams", "rmatvecs"]
 
 _SMALL = 1 << 15
 """Elements up to which copying matrices together costs less than a call for each."""
 
 _SHORT = 1 << 22
 """Multiply-adds up to which a product is over before a thread has woken for it."""
+
+_LONG = 1 << 26
+"""Multiply-adds up to which a product is better made by one thread, and another by the other, than by all at once."""
 
 
 def grams(several: Sequence[Factors], multiples: Sequence[float] | None = None) -> list[Array]:
@@ -46,6 +49,24 @@ def covariances(several: Sequence[Factors]) -> list[Array]:
     return _totals(several, lambda rows: [rows.matrix().T], lambda factors: factors.covariance())
 
 
+def rmatvecs(several: Sequence[Factors], weights: Sequence[Array]) -> list[dict[str, Array]]:
+    """`Factors.rmatvec` of each of several blocks with its weights."""
+    apart = [_unscaled(factors) for factors in several]
+    scaled = [w if scale == 1 else w * scale for w, (_, scale) in zip(weights, apart, strict=True)]
+    sums = [{} if type(base) is Dense else base.rmatvec(w) for (base, _), w in zip(apart, scaled, strict=True)]
+    explicit = [
+        (place, name, array)
+        for place, (base, _) in enumerate(apart)
+        if type(base) is Dense
+        for name, array in base.values.items()
+    ]
+    matrices = [array.reshape(array.shape[0], -1) for _, _, array in explicit]
+    totals = _weighted_sums(matrices, [scaled[place] for place, _, _ in explicit])
+    for (place, name, array), total in zip(explicit, totals, strict=True):
+        sums[place][name] = total.reshape(array.shape[1:])
+    return sums
+
+
 def _totals(
     several: Sequence[Factors],
     matrices: Callable[[Dense], list[Array]],
@@ -70,20 +91,37 @@ def _unscaled(factors: Factors) -> tuple[Factors, float]:
 
 
 def _self_products(matrices: Sequence[Array]) -> list[Array]:
-    """A Aᵀ of each matrix, of small ones of equal shape in one call, all of them new arrays."""
+    """A Aᵀ of each matrix, of those of equal shape in one call where that pays, all of them new arrays."""
     products: list[Any] = [None] * len(matrices)
+    for n, d, places in _alike(matrices):
+        own = [matrices[place] for place in places]
+        if n * d <= _SMALL and n * n * d <= _SHORT:
+            stacks = [(list(range(len(own))), namespace(own[0]).stack(own))]
+        else:
+            stacks = adjoining(own) if n * n * d <= _LONG else []
+        for some, stack in stacks:
+            for inner, product in zip(some, list(stack @ stack.swapaxes(1, 2)), strict=True):
+                products[places[inner]] = product
+    return [self_product(one) if made is None else made for one, made in zip(matrices, products, strict=True)]
+
+
+def _weighted_sums(matrices: Sequence[Array], weights: Sequence[Array]) -> list[Array]:
+    """Aᵀ w of each matrix, of those of equal shape that lie side by side in one call."""
+    sums: list[Any] = [None] * len(matrices)
+    for _, _, places in _alike(matrices):
+        for some, stack in adjoining([matrices[place] for place in places]):
+            rows = namespace(stack).stack([weights[places[inner]] for inner in some])[:, None, :]
+            for inner, total in zip(some, list((rows @ stack)[:, 0]), strict=True):
+                sums[places[inner]] = total
+    return [
+        matrix_vector(matrix.T, one) if made is None else made
+        for matrix, one, made in zip(matrices, weights, sums, strict=True)
+    ]
+
+
+def _alike(matrices: Sequence[Array]) -> list[tuple[int, int, list[int]]]:
+    """Rows and columns of the shapes that several matrices have, with the places of these."""
     alike: dict[Any, list[int]] = {}
     for place, matrix in enumerate(matrices):
-        n, d = matrix.shape
-        if n * d <= _SMALL and n * n * d <= _SHORT:
-            alike.setdefault((n, d, matrix.dtype, device(matrix)), []).append(place)
-        else:
-            products[place] = self_product(matrix)
-    for places in alike.values():
-        if len(places) == 1:
-            products[places[0]] = self_product(matrices[places[0]])
-            continue
-        stack = namespace(matrices[places[0]]).stack([matrices[place] for place in places])
-        for place, product in zip(places, list(stack @ stack.swapaxes(1, 2)), strict=True):
-            products[place] = product
-    return products
+        alike.setdefault((*matrix.shape, matrix.dtype, device(matrix)), []).append(place)
+    return [(n, d, places) for (n, d, *_), places in alike.items() if len(places) > 1]

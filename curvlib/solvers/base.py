@@ -202,21 +202,18 @@ def as_vector(gradient: Gradient) -> Vector:
     return gradient
 
 
-def corrected(vector: Vector, rows: Factors, weights: Array, damping: float) -> dict[str, Array]:
-    """``(v − Jᵀ w) / λ``: what the identity of Woodbury leaves of a gradient v.
+def corrected(vector: Vector, correction: Vector, damping: float) -> dict[str, Array]:
+    """``(v − c) / λ``: what the identity of Woodbury leaves of a gradient v.
 
     Parameters
     ----------
     vector
         v, a block vector.
-    rows
-        J.
-    weights
-        w, shape ``(rows,)``.
+    correction
+        c, Jᵀ w of some weights.
     damping
         λ.
     """
-    correction = rows.rmatvec(weights)
     # Not as one multiple added to another: there, rounding depends on how the arrays lie in memory, and a resumed run
     # would go another way.
     result = {name: value - correction[name] for name, value in vector.items()}

@@ -64,7 +64,7 @@ def _damped_stack(matrices: Sequence[Array], dampings: Sequence[float]) -> Array
 
 
 def kernel_solutions(factors: Sequence[Array], rhs: Sequence[Array]) -> list[Array]:
-    """Solutions of the systems of blocks whose kernels are of one size and kind.
+    """Solutions of the kernels' systems of several blocks, in one call for small ones of one size.
 
     Parameters
     ----------
@@ -73,11 +73,19 @@ def kernel_solutions(factors: Sequence[Array], rhs: Sequence[Array]) -> list[Arr
     rhs
         Right-hand sides, each of shape ``(rows,)``.
     """
-    n, where = factors[0].shape[0], device(factors[0])
-    if len(factors) == 1 or not _stacking_pays(n, _SOLVED_TOGETHER_UP_TO, where):
-        return [cholesky_solve(factor, one) for factor, one in zip(factors, rhs, strict=True)]
-    solutions = cholesky_solve(stacked(factors), namespace(rhs[0]).stack(list(rhs))[:, :, None])
-    return list(solutions[:, :, 0])
+    solutions: list[Any] = [None] * len(factors)
+    alike: dict[Any, list[int]] = {}
+    for place, factor in enumerate(factors):
+        alike.setdefault((factor.shape[0], factor.dtype, device(factor)), []).append(place)
+    for (n, _, where), places in alike.items():
+        own, sides = [factors[place] for place in places], [rhs[place] for place in places]
+        if len(places) == 1 or not _stacking_pays(n, _SOLVED_TOGETHER_UP_TO, where):
+            made = [cholesky_solve(factor, one) for factor, one in zip(own, sides, strict=True)]
+        else:
+            made = list(cholesky_solve(stacked(own), namespace(sides[0]).stack(sides)[:, :, None])[:, :, 0])
+        for place, solution in zip(places, made, strict=True):
+            solutions[place] = solution
+    return solutions
 
 
 def _stacking_pays(size: int, most: int, where: Any) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, device, record
+from curvlib.arrays import Array, add_diagonal, cholesky, record
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Dense as DenseRows
 from curvlib.factors import Factors, Scaled
@@ -15,16 +15,13 @@ from curvlib.factors.together import grams
 from curvlib.solvers.base import (
     Gradient,
     Solver,
-    as_vector,
-    check_block,
     check_damping,
-    corrected,
     rows_of_one_pass_pay,
     sample_space_pays,
-    together_pays,
 )
 from curvlib.solvers.batched import cholesky_factors, kernel_solutions
 from curvlib.solvers.dense import Covariance, Dense, DenseInverse
+from curvlib.solvers.sample_space import naturals, right_hand_side, system
 
 __all__ = ["Woodbury", "WoodburyEstimate", "WoodburyInverse"]
 
@@ -151,46 +148,25 @@ class Woodbury(Solver):
     def solve(self, inverse: WoodburyInverse | DenseInverse, gradient: Gradient) -> dict[str, Array]:
         if isinstance(inverse, DenseInverse):
             return Dense().solve(inverse, gradient)
-        rhs, finish = self._posed(inverse, gradient)
-        return finish(cholesky_solve(inverse.factor, rhs))
+        return self._solved([inverse], [gradient])[0]
 
     def solve_all(self, inverses: Sequence[Any], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
         if type(self).solve is not Woodbury.solve:
             return super().solve_all(inverses, gradients)
         results: list[Any] = [None] * len(inverses)
-        alike: dict[Any, list[tuple[int, Array, _Finish]]] = {}
-        for place, (inverse, gradient) in enumerate(zip(inverses, gradients, strict=True)):
-            if isinstance(inverse, WoodburyInverse):
-                kind = (inverse.factor.shape[0], inverse.factor.dtype, device(inverse.factor))
-                alike.setdefault(kind, []).append((place, *self._posed(inverse, gradient)))
-            else:
-                results[place] = self.solve(inverse, gradient)
-        for posed in alike.values():
-            weights = kernel_solutions([inverses[place].factor for place, _, _ in posed], [rhs for _, rhs, _ in posed])
-            for (place, _, finish), solution in zip(posed, weights, strict=True):
-                results[place] = finish(solution)
+        large = [place for place, inverse in enumerate(inverses) if isinstance(inverse, WoodburyInverse)]
+        solved = self._solved([inverses[place] for place in large], [gradients[place] for place in large])
+        for place, natural in zip(large, solved, strict=True):
+            results[place] = natural
+        for place, natural in enumerate(results):
+            if natural is None:
+                results[place] = self.solve(inverses[place], gradients[place])
         return results
 
-    def _posed(self, inverse: WoodburyInverse, gradient: Gradient) -> tuple[Array, _Finish]:
-        """Right-hand side of the kernel's system, and what makes the natural gradient of its solution."""
-        rows, damping = inverse.factors, inverse.damping
-        if gradient is rows and self.exact:
-            return rows.row_weights(1 / rows.normalizer), rows.rmatvec
-        if isinstance(gradient, Factors) and (sample_space_pays(gradient) or together_pays(gradient, rows)):
-            # One combination of the gradient's rows and the inverse's.
-            ones = gradient.row_weights(1 / gradient.normalizer)
-
-            def combine(weights: Array) -> dict[str, Array]:
-                return gradient.combined(ones / damping, rows, weights / (-rows.normalizer * damping))
-
-            return rows.cross_gram(gradient) @ ones, combine
-        vector = as_vector(gradient)
-        check_block(vector, rows.shapes)
-
-        def correct(weights: Array) -> dict[str, Array]:
-            return corrected(vector, rows, weights / rows.normalizer, damping)
-
-        return rows.matvec(vector), correct
-
-
-_Finish = Callable[[Array], dict[str, Array]]
+    def _solved(self, inverses: Sequence[WoodburyInverse], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
+        systems = [
+            system(inverse.factors, inverse.damping, gradient, own=self.exact)
+            for inverse, gradient in zip(inverses, gradients, strict=True)
+        ]
+        factors = [inverse.factor for inverse in inverses]
+        return naturals(systems, kernel_solutions(factors, [right_hand_side(one) for one in systems]))

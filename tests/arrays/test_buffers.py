@@ -1,6 +1,7 @@
 """Memory that is used again: never while somebody holds it, and without a trace in what is computed."""
 
 import copy
+import itertools
 import pickle
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import curvlib
-from curvlib.arrays import Buffers, buffers
+from curvlib.arrays import Buffers, adjoining, buffers, torch_kernels
 
 LIKE = torch.zeros(1)
 
@@ -101,6 +102,130 @@ def test_a_product_of_matrices_of_any_library():
     assert torch.autograd.gradcheck(pool.product, (first.requires_grad_(), second))
 
 
+@pytest.fixture
+def everything_lies_side_by_side(monkeypatch):
+    for module in (buffers, torch_kernels):
+        monkeypatch.setattr(module, "SIDE_BY_SIDE", range(1, 1 << 10))
+
+
+def one_behind_the_other(first, second):
+    return first.data_ptr() + first.nbytes == second.data_ptr()
+
+
+@pytest.mark.usefixtures("everything_lies_side_by_side")
+class TestSideBySide:
+    @pytest.fixture(autouse=True)
+    def nothing_is_large(self, monkeypatch):
+        monkeypatch.setattr(buffers, "_LARGE", 1 << 10)
+
+    def test_from_the_second_round_on_and_the_last_asked_for_lies_first(self):
+        pool = Buffers()
+        asked = [pool.empty(LIKE, (2, 3)) for _ in range(4)]
+        assert len(pool) == 0
+        pool.trim()
+        again = [pool.empty(LIKE, (2, 3)).fill_(number) for number in range(4)]
+        assert all(one_behind_the_other(later, one) for one, later in itertools.pairwise(again))
+        assert [one.unique().tolist() for one in again] == [[0.0], [1.0], [2.0], [3.0]]
+        more = pool.empty(LIKE, (2, 3))
+        assert len({one.untyped_storage().data_ptr() for one in (*asked, *again, more)}) == 6
+
+    def test_in_several_wholes_where_one_would_be_large(self):
+        pool = Buffers()
+        kept = [pool.empty(LIKE, (10, 10)) for _ in range(5)]
+        pool.trim()
+        kept = [pool.empty(LIKE, (10, 10)) for _ in range(5)]
+        wholes = [one.untyped_storage().nbytes() for one in kept]
+        assert wholes == [800, 800, 800, 800, 400]
+
+    def test_of_one_shape_and_dtype_only(self):
+        pool = Buffers()
+        shapes = [(2, 3), (3, 2), (2, 3), (3, 2)]
+        for _ in range(2):
+            pool.trim()
+            kept = [pool.empty(LIKE, shape) for shape in shapes] + [pool.empty(LIKE.double(), (2, 3))]
+        assert [one.untyped_storage().nbytes() for one in kept] == [48, 48, 48, 48, 48]
+        assert one_behind_the_other(kept[2], kept[0])
+        assert one_behind_the_other(kept[3], kept[1])
+        assert kept[0].untyped_storage().data_ptr() != kept[1].untyped_storage().data_ptr()
+
+    def test_a_round_without_any_changes_nothing_and_one_in_vain_does_not_count(self):
+        pool = Buffers()
+        for _ in range(2):
+            pool.empty(LIKE, (2, 3))
+        pool.trim()
+        pool.trim()
+        for _ in range(7):
+            pool.empty(LIKE, (2, 3))
+        pool.restart()
+        one, other = (pool.empty(LIKE, (2, 3)) for _ in range(2))
+        assert one_behind_the_other(other, one)
+        assert one.untyped_storage().nbytes() == 48
+
+    def test_memory_of_a_whole_is_taken_again_when_none_of_its_parts_is_held(self):
+        pool = Buffers()
+        places = []
+        for _ in range(4):
+            one, other = (pool.empty(LIKE, (2, 3)) for _ in range(2))
+            places.append(other.data_ptr())
+            pool.trim()
+            del one
+        assert places[1] != places[2]
+        del other
+        again = [pool.empty(LIKE, (2, 3)) for _ in range(2)]
+        assert again[1].data_ptr() == places[-1]
+
+
+@pytest.mark.usefixtures("everything_lies_side_by_side")
+class TestAdjoining:
+    def matrices(self, count, n=4, d=16):
+        return list(torch.randn(count, n, d))
+
+    def test_parts_in_any_order(self):
+        (a, b), (c, d) = self.matrices(2), self.matrices(2)
+        several = [d, b, a, c]
+        stacks = adjoining(several)
+        assert sorted(place for places, _ in stacks for place in places) == [0, 1, 2, 3]
+        assert sorted(len(places) for places, _ in stacks) == [2, 2]
+        for places, stack in stacks:
+            assert torch.equal(stack, torch.stack([several[place] for place in places]))
+            assert stack.untyped_storage().data_ptr() == several[places[0]].untyped_storage().data_ptr()
+
+    def test_gaps_transposes_and_strangers_stand_alone(self):
+        parts = self.matrices(6)
+        transposed = list(torch.randn(2, 16, 4).mT)
+        for several in ([parts[0], parts[2], parts[4], torch.randn(4, 16)], transposed):
+            stacks = adjoining(several)
+            assert [len(places) for places, _ in stacks] == [1] * len(several)
+            for (place,), stack in stacks:
+                assert torch.equal(stack[0], several[place])
+
+    @pytest.mark.parametrize(("count", "threads", "gains"), [(1, 1, False), (2, 2, True), (3, 2, False), (5, 2, True)])
+    def test_only_where_threads_have_as_much_to_do(self, monkeypatch, count, threads, gains):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        assert bool(adjoining(self.matrices(count))) == gains
+
+    def test_not_where_rows_begin_inside_a_line_of_the_cache_nor_for_other_libraries(self):
+        assert adjoining(self.matrices(2, d=17)) == []
+        assert adjoining([one.numpy() for one in self.matrices(2)]) == []
+        with FakeTensorMode():
+            assert adjoining([torch.zeros(4, 16), torch.zeros(4, 16)]) == []
+
+    @pytest.mark.parametrize(("n", "d"), [(32, 16384), (64, 9216), (17, 16400), (50, 8000)])
+    def test_products_have_the_same_bits_however_many_are_in_a_stack(self, monkeypatch, n, d):
+        monkeypatch.setattr(torch_kernels, "SIDE_BY_SIDE", range(1 << 20, 16 << 20))
+        whole, weights = torch.randn(4, n, d), torch.randn(4, n)
+        grams, sums = whole @ whole.mT, weights[:, None] @ whole
+        for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
+            apart = [whole[number].clone() for number in order]
+            for several in ([whole[number] for number in order], apart, list(torch.stack(apart))):
+                stacks = adjoining(several)
+                assert sum(len(places) for places, _ in stacks) == 4
+                for places, stack in stacks:
+                    own = [order[place] for place in places]
+                    assert torch.equal(stack @ stack.mT, grams[own])
+                    assert torch.equal(weights[own][:, None] @ stack, sums[own])
+
+
 class Network(nn.Module):
     """A convolution and a Linear on its positions, both with rows that are kept."""
 
@@ -139,6 +264,60 @@ def test_training_is_the_same_and_rows_of_earlier_steps_stay_as_they_were(monkey
     plain, other, _ = trained(5, refresh)
     assert len(other.plan.buffers) == 0
     for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+class Alike(nn.Module):
+    """Linear layers of one shape on sequences, whose rows are kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.head(x.mean(1))
+
+
+def run(model, optimizer, batches):
+    for x in batches:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), torch.arange(6) % 2).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def composed(refresh):
+    torch.manual_seed(0)
+    model = Alike()
+    options = {"solver": curvlib.Woodbury(), "damping": 0.1, "lr": 0.1, "refresh": refresh, "fused": True}
+    return model, curvlib.compose(model, fisher=curvlib.Empirical(), **options)
+
+
+@pytest.mark.parametrize("refresh", [1, 3])
+def test_rows_that_lie_side_by_side_train_alike_and_resume_bit_for_bit(monkeypatch, tmp_path, refresh):
+    monkeypatch.setattr(buffers, "_LARGE", 1 << 40)
+    sizes = range(6 * 16 * 16 * 4, 6 * 16 * 16 * 4 + 1)
+    for module in (buffers, torch_kernels):
+        monkeypatch.setattr(module, "SIDE_BY_SIDE", sizes)
+    batches = torch.randn(9, 6, 20, 16)
+    model, optimizer = composed(refresh)
+    run(model, optimizer, batches[:5])
+    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "saved")
+    whole = run(model, optimizer, batches[5:])
+    rows = [optimizer.curvature[f"layers.{number}"].estimate.factors for number in range(4)]
+    matrices = [getattr(one, "base", one).values["weight"].flatten(1) for one in rows]
+    assert [len(places) for places, _ in adjoining(matrices)] == [4]
+    other, resumed = composed(refresh)
+    parameters, state = torch.load(tmp_path / "saved", weights_only=True)
+    other.load_state_dict(parameters)
+    resumed.load_state_dict(state)
+    assert all(map(torch.equal, whole, run(other, resumed, batches[5:])))
+    for module in (buffers, torch_kernels):
+        monkeypatch.setattr(module, "SIDE_BY_SIDE", range(1))
+    for mine, theirs in zip(whole, run(*composed(refresh), batches), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kinds import KINDS, close, matrix, numbers
 
+from curvlib.arrays import torch_kernels
 from curvlib.factors import Dense, Scaled
-from curvlib.factors.together import covariances, grams
+from curvlib.factors.together import covariances, grams, rmatvecs
 
 LIBRARIES = ("torch", "numpy")
 
@@ -40,6 +41,31 @@ def test_covariances_are_those_of_the_dense_rows(library):
         close(covariance, matrix(factors).T @ matrix(factors))
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_sums_of_weighted_rows_are_those_of_the_dense_rows(library):
+    several = blocks(library)
+    weights = [numbers(library, len(factors), seed=place) for place, factors in enumerate(several)]
+    for factors, one, total in zip(several, weights, rmatvecs(several, weights), strict=True):
+        assert {name: tuple(array.shape) for name, array in total.items()} == factors.shapes
+        expected = factors.dense().rmatvec(one)
+        for name, array in total.items():
+            close(array, expected[name])
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_rows_that_lie_side_by_side(monkeypatch, together):
+    monkeypatch.setattr(torch_kernels, "SIDE_BY_SIDE", range(1, 1 << 30) if together else range(1))
+    whole = numbers("torch", 4, 6, 10, 16)
+    small = [Dense(weight=rows) for rows in whole]
+    large = [Dense(weight=rows) for rows in numbers("torch", 4, 20, 50, 40)]
+    several = [Scaled(small[1], 3.0), small[0], large[3], small[2], large[0], large[1], small[3], large[2]]
+    for factors, gram in zip(several, grams(several), strict=True):
+        close(gram, matrix(factors) @ matrix(factors).T)
+    own = [numbers("torch", len(factors), seed=place) for place, factors in enumerate(several)]
+    for factors, one, total in zip(several, own, rmatvecs(several, own), strict=True):
+        close(total["weight"].reshape(-1), matrix(factors).T @ one.numpy())
+
+
 @pytest.mark.parametrize("made", [grams, covariances])
 def test_results_may_be_changed_and_change_nothing_else(made):
     several = [explicit("torch", 4, 3, 2, seed=seed) for seed in range(3)]
@@ -53,7 +79,7 @@ def test_results_may_be_changed_and_change_nothing_else(made):
 
 
 def test_nothing_makes_nothing():
-    assert grams([]) == covariances([]) == []
+    assert grams([]) == covariances([]) == rmatvecs([], []) == []
 
 
 @given(

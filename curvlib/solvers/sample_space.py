@@ -1,0 +1,95 @@
+"""A solve in sample space: a right-hand side for the damped kernel, and a natural gradient of its solution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from curvlib.arrays import Array, Vector
+from curvlib.factors import Factors
+from curvlib.factors.together import rmatvecs
+from curvlib.solvers.base import Gradient, as_vector, check_block, corrected, sample_space_pays, together_pays
+
+__all__ = ["Combined", "Explicit", "Mean", "System", "naturals", "right_hand_side", "system"]
+
+
+@dataclass(frozen=True, eq=False)
+class Mean:
+    """The mean of the kernel's own rows J: ``(K + λI) w = 1 / n`` and ``Jᵀ w``."""
+
+    rows: Factors
+
+
+@dataclass(frozen=True, eq=False)
+class Explicit:
+    """A gradient g that is written out: ``(K + λI) w = J g`` and ``(g − Jᵀ w / n) / λ``."""
+
+    rows: Factors
+    vector: Vector
+    damping: float
+
+
+@dataclass(frozen=True, eq=False)
+class Combined:
+    """A gradient that is the mean of other rows G: as `Explicit`, by one combination of G and J."""
+
+    rows: Factors
+    gradient: Factors
+    damping: float
+
+
+System: TypeAlias = Mean | Explicit | Combined
+"""What is solved for one block; J are the rows of its inverse, K = J Jᵀ / n."""
+
+
+def system(rows: Factors, damping: float, gradient: Gradient, own: bool) -> System:
+    """What is solved for a gradient of any kind, the cheapest way.
+
+    Parameters
+    ----------
+    rows, damping
+        J and λ of the inverse.
+    gradient
+        Of the block.
+    own
+        Whether the kernel is of these rows exactly.
+
+    Raises
+    ------
+    ConfigurationError
+        If the gradient is of another block.
+    """
+    if gradient is rows and own:
+        return Mean(rows)
+    if isinstance(gradient, Factors) and (sample_space_pays(gradient) or together_pays(gradient, rows)):
+        return Combined(rows, gradient, damping)
+    vector = as_vector(gradient)
+    check_block(vector, rows.shapes)
+    return Explicit(rows, vector, damping)
+
+
+def right_hand_side(one: System) -> Array:
+    """Right-hand side of a block's kernel, shape ``(rows,)``."""
+    if isinstance(one, Explicit):
+        return one.rows.matvec(one.vector)
+    if isinstance(one, Mean):
+        return one.rows.row_weights(1 / one.rows.normalizer)
+    return one.rows.cross_gram(one.gradient) @ one.gradient.row_weights(1 / one.gradient.normalizer)
+
+
+def naturals(systems: Sequence[System], solutions: Sequence[Array]) -> list[dict[str, Array]]:
+    """Natural gradient of each block, from the solution w of its kernel."""
+    weighted = [(one, w) for one, w in zip(systems, solutions, strict=True) if not isinstance(one, Combined)]
+    weights = [w if isinstance(one, Mean) else w / one.rows.normalizer for one, w in weighted]
+    sums = iter(rmatvecs([one.rows for one, _ in weighted], weights))
+    results = []
+    for one, w in zip(systems, solutions, strict=True):
+        if isinstance(one, Mean):
+            results.append(next(sums))
+        elif isinstance(one, Explicit):
+            results.append(corrected(one.vector, next(sums), one.damping))
+        else:
+            ones = one.gradient.row_weights(1 / (one.gradient.normalizer * one.damping))
+            results.append(one.gradient.combined(ones, one.rows, w / (-one.rows.normalizer * one.damping)))
+    return results
