@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -55,6 +56,9 @@ _ROWS_EACH = 16
 _LINE = 64
 """Bytes of a line of the cache."""
 
+_WOKEN_FOR, _WOKEN_FOR_ALL = 64, 2**20
+"""Width of matrices, and multiply-adds of all of them, whose Cholesky factors are there before a thread has woken."""
+
 _WORTH_THREADS = 2e7
 """Sum of cubed widths of Cholesky factorisations from which threads of their own make up for their making, on a CPU."""
 
@@ -80,14 +84,33 @@ _TOGETHER_UP_TO = 512
 
 def cholesky(matrix: Tensor, wait: bool) -> tuple[Tensor, bool | Tensor]:
     """Lower factor, and whether it is one: a bool, or where nobody waits for the device, a tensor on it."""
+    if (small := _small_factor(matrix)) is not None:
+        return small, True if wait else torch.ones((), dtype=torch.bool)
     factor, info = torch.linalg.cholesky_ex(matrix)
     # LAPACK lets NaN through without a word; one anywhere in a row reaches the diagonal below it. A diagonal of square
     # roots does not overflow when it is summed.
-    total = factor.diagonal(dim1=-2, dim2=-1).sum()
+    total = factor.detach().diagonal(dim1=-2, dim2=-1).sum()
     if wait and info.device.type == "cpu":
         return factor, math.isfinite(total) and not torch.count_nonzero(info).item()
     good = torch.isfinite(total) & ~info.any()
     return factor, bool(good) if wait else good
+
+
+def _small_factor(matrix: Tensor) -> Tensor | None:
+    """Lower factor of small matrices on a CPU by NumPy's routine; None where that is not the faster one, or it failed.
+
+    Torch's wakes all threads to clear what is above the diagonal, which takes longer than the factorisation.
+    """
+    width = matrix.shape[-1]
+    small = width <= _WOKEN_FOR and matrix.numel() * width <= _WOKEN_FOR_ALL and matrix.device.type == "cpu"
+    if not small or type(matrix) is not Tensor or matrix.requires_grad or is_compiling():
+        return None
+    try:
+        # Copied: NumPy's memory may begin inside a line of the cache, and kernels round by where operands begin.
+        factor = torch.from_numpy(np.linalg.cholesky(matrix.numpy())).clone()
+    except (np.linalg.LinAlgError, RuntimeError, TypeError):  # torch's own routine says what is wrong
+        return None
+    return factor if math.isfinite(factor.diagonal(dim1=-2, dim2=-1).sum()) else None
 
 
 def cholesky_inverse(factor: Tensor) -> Tensor:
@@ -199,6 +222,8 @@ def stacked(matrices: Sequence[Tensor]) -> Tensor:
     whole = matrices[0]._base
     if whole is not None and _are_parts(matrices, whole):
         return whole
+    if matrices[0].is_contiguous():
+        return torch.stack(list(matrices))
     # LAPACK leaves factors with their columns in a row, and wants them so: as transposes they are copied as they lie.
     return torch.stack([matrix.T for matrix in matrices]).mT
 

@@ -184,8 +184,9 @@ class Capture:
     def clear(self) -> None:
         """Forget what was captured and not yet taken."""
         self._discard()
-        self._used.clear()
-        self.rows.plan.buffers.restart()
+        if self._used:
+            self._used.clear()
+            self.rows.plan.buffers.restart()
 
     def take(self) -> dict[str, Factors]:
         """Factors of every block over all passes that a backward went through since the last call.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, device, namespace, side_by_side, stacked
@@ -36,10 +36,8 @@ def cholesky_factors(matrices: Sequence[Array], dampings: Sequence[float]) -> li
     """
     factors: list[Any] = [None] * len(matrices)
     checked = {damping: check_damping(damping) for damping in set(dampings)}
-    alike: dict[Any, list[int]] = {}
-    for place, matrix in enumerate(matrices):
-        alike.setdefault((matrix.shape[0], matrix.dtype, device(matrix)), []).append(place)
-    for (n, _, where), places in alike.items():
+    for places in _alike(matrices):
+        n, where = int(matrices[places[0]].shape[0]), device(matrices[places[0]])
         own, values = [matrices[place] for place in places], [checked[dampings[place]] for place in places]
         elements = len(places) * n * n
         if len(places) > 1 and _stacking_pays(elements, _FACTORIZED_TOGETHER_UP_TO, where):
@@ -74,10 +72,8 @@ def kernel_solutions(factors: Sequence[Array], rhs: Sequence[Array]) -> list[Arr
         Right-hand sides, each of shape ``(rows,)``.
     """
     solutions: list[Any] = [None] * len(factors)
-    alike: dict[Any, list[int]] = {}
-    for place, factor in enumerate(factors):
-        alike.setdefault((factor.shape[0], factor.dtype, device(factor)), []).append(place)
-    for (n, _, where), places in alike.items():
+    for places in _alike(factors):
+        n, where = int(factors[places[0]].shape[0]), device(factors[places[0]])
         own, sides = [factors[place] for place in places], [rhs[place] for place in places]
         if len(places) == 1 or not _stacking_pays(n, _SOLVED_TOGETHER_UP_TO, where):
             made = [cholesky_solve(factor, one) for factor, one in zip(own, sides, strict=True)]
@@ -86,6 +82,14 @@ def kernel_solutions(factors: Sequence[Array], rhs: Sequence[Array]) -> list[Arr
         for place, solution in zip(places, made, strict=True):
             solutions[place] = solution
     return solutions
+
+
+def _alike(matrices: Sequence[Array]) -> Iterable[list[int]]:
+    """Places of the matrices of each size and kind."""
+    places: dict[Any, list[int]] = {}
+    for place, matrix in enumerate(matrices):
+        places.setdefault((matrix.shape, matrix.dtype, device(matrix)), []).append(place)
+    return places.values()
 
 
 def _stacking_pays(size: int, most: int, where: Any) -> bool:

@@ -30,18 +30,42 @@ def test_contractions_of_three_operands_follow_a_planned_path(array):
     np.testing.assert_allclose(arrays.contract("ij,jk->ik", array(a), array(b)), a @ b)
 
 
-def test_cholesky_solves_vectors_and_batches(array):
-    rhs = np.random.default_rng(1).standard_normal((3, 5, 2))
-    factor = arrays.cholesky(array(spd(batch=(3,))))
-    np.testing.assert_allclose(arrays.cholesky_solve(factor, array(rhs)), np.linalg.solve(spd(batch=(3,)), rhs))
-    single = arrays.cholesky(array(spd()))
-    np.testing.assert_allclose(arrays.cholesky_solve(single, array(rhs[0, :, 0])), np.linalg.solve(spd(), rhs[0, :, 0]))
+SIZES = (1, 5, 65)
+"""On both sides of the widths up to which torch tensors have NumPy's routine."""
 
 
-@pytest.mark.parametrize("bad", [-np.eye(3), np.zeros((3, 3)), np.full((3, 3), np.nan), np.diag([1.0, np.inf, 1.0])])
-def test_what_is_not_positive_definite_says_so(array, bad):
-    with pytest.raises(NotPositiveDefiniteError, match=r"\(3, 3\)"):
-        arrays.cholesky(array(bad))
+@pytest.mark.parametrize("n", SIZES)
+def test_cholesky_solves_vectors_and_batches(array, n):
+    matrices, rhs = spd(n, batch=(3,)), np.random.default_rng(1).standard_normal((3, n, 2))
+    factor = arrays.cholesky(array(matrices))
+    np.testing.assert_allclose(factor, np.linalg.cholesky(matrices), atol=1e-11)
+    np.testing.assert_allclose(arrays.cholesky_solve(factor, array(rhs)), np.linalg.solve(matrices, rhs), atol=1e-11)
+    single, vector = arrays.cholesky(array(matrices[0])), rhs[0, :, 0]
+    solution = np.linalg.solve(matrices[0], vector)
+    np.testing.assert_allclose(arrays.cholesky_solve(single, array(vector)), solution, atol=1e-11)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_a_factor_of_torch_keeps_type_place_and_gradient(n):
+    matrix = torch.from_numpy(spd(n, batch=(2,)))
+    single = arrays.cholesky(matrix.float())
+    assert (single.dtype, single.data_ptr() % 64) == (torch.float32, 0)
+    torch.testing.assert_close(single.double(), arrays.cholesky(matrix), rtol=1e-4, atol=1e-4)
+    assert torch.equal(matrix, torch.from_numpy(spd(n, batch=(2,))))
+    (gradient,) = torch.autograd.grad(torch.linalg.cholesky(leaf := matrix.clone().requires_grad_()).sum(), leaf)
+    (own,) = torch.autograd.grad(arrays.cholesky(leaf).sum(), leaf)
+    torch.testing.assert_close(own, gradient)
+    batched = torch.func.vmap(lambda one: arrays.kernels(one).cholesky(one, wait=False)[0])(matrix)
+    torch.testing.assert_close(batched, arrays.cholesky(matrix))
+
+
+@pytest.mark.parametrize("n", [3, 65])
+@pytest.mark.parametrize("wrong", [-1.0, 0.0, np.nan, np.inf])
+def test_what_is_not_positive_definite_says_so(array, n, wrong):
+    one = np.diag([1.0, wrong, *np.ones(n - 2)])
+    for bad in (one, np.full((n, n), wrong), np.diag([wrong] * n), np.stack([np.eye(n), one])):
+        with pytest.raises(NotPositiveDefiniteError, match=rf"{n}, {n}\)"):
+            arrays.cholesky(array(bad))
 
 
 def test_matrices_put_together(array):
