@@ -105,6 +105,8 @@ def _small_factor(matrix: Tensor) -> Tensor | None:
     small = width <= _WOKEN_FOR and matrix.numel() * width <= _WOKEN_FOR_ALL and matrix.device.type == "cpu"
     if not small or type(matrix) is not Tensor or matrix.requires_grad or is_compiling():
         return None
+    if torch._C._len_torch_dispatch_stack():  # who watches torch's operations, to count them say, would miss this one
+        return None
     try:
         # Copied: NumPy's memory may begin inside a line of the cache, and kernels round by where operands begin.
         factor = torch.from_numpy(np.linalg.cholesky(matrix.numpy())).clone()

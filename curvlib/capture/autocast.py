@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 __all__ = ["without_autocast"]
 
 
-@contextmanager
-def without_autocast(device: torch.device) -> Iterator[None]:
-    """Compute in the dtypes of the operands, whatever `torch.autocast` says around.
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute in the dtypes of the operands inside, whatever `torch.autocast` says around.
 
     Parameters
     ----------
     device
         Where the computation happens.
     """
-    if not torch.is_autocast_enabled(device.type):
-        yield
-        return
-    with torch.autocast(device.type, enabled=False):
-        yield
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()

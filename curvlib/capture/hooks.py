@@ -277,9 +277,9 @@ class Capture:
                 # arrives at the other one would hold that too; at a copy it is the cotangent alone.
                 output = mapped(lambda tensor: tensor.clone() if tensor.requires_grad else tensor, output)
                 results = tensors(output)
-            args, kwargs = mapped(Tensor.detach, (args, kwargs))
-            inputs = tensors((args, kwargs))
-            if use.adapter.positionwise and all(tensor.shape[:1] == (1,) for tensor in (*inputs, *results)):
+            args, kwargs = mapped(Tensor.detach, args), mapped(Tensor.detach, kwargs)
+            inputs = tensors(args) + tensors(kwargs)
+            if use.adapter.positionwise and all(tensor.ndim and tensor.shape[0] == 1 for tensor in (*results, *inputs)):
                 # One row for all samples (positions, say): broadcast here, so that every sample has its own cotangent.
                 one_each = partial(spread, samples=max(self._current.expected, 1))
                 output, args, kwargs = mapped(one_each, (output, args, kwargs))

@@ -116,5 +116,7 @@ class RowMaker:
 
 def _graph_is_kept() -> bool:
     """Whether the backward pass that runs may be followed by another one through the same graph."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask is None or bool(ask())
+    return _keeps_graph is None or bool(_keeps_graph())
+
+
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)

@@ -26,6 +26,8 @@ class Place:
     the view then replaces the view's node in the graph, so the place of a view is that of its base.
     """
 
+    __slots__ = ("_layout", "shape", "tensor")
+
     def __init__(self, output: Tensor) -> None:
         base = output._base
         whole = base is not None and base.requires_grad and base.numel() == output.numel()
@@ -52,7 +54,7 @@ class Place:
         return gradient.as_strided(self.shape, stride, offset + gradient.storage_offset())
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Record:
     """One call of one module: what went in, where its outputs lie in the graph, what came back for them."""
 

@@ -57,15 +57,18 @@ def call_rows(block: Block, use: Use, call: Record, current: Pass) -> Factors:
         As `block_factors`.
     """
     samples = current.samples
-    where = f"block {block.name!r} ({type(use.module).__name__}, adapter {use.adapter.name})"
+
+    def failed(what: str) -> CaptureError:
+        return CaptureError(f"block {block.name!r} ({type(use.module).__name__}, adapter {use.adapter.name}){what}")
+
     if any(tensor._version != version for tensor, version in call.inputs):
-        raise CaptureError(
-            f"{where}: its input was changed in place after the call, so its rows cannot be formed; "
+        raise failed(
+            ": its input was changed in place after the call, so its rows cannot be formed; "
             "make the operation that changes it out of place"
         )
     if use.adapter.couples(use.module) != call.coupled:
-        raise CaptureError(
-            f"{where}: it went between training and eval mode after the forward pass, so its rows cannot be formed; "
+        raise failed(
+            ": it went between training and eval mode after the forward pass, so its rows cannot be formed; "
             "change the mode after the step"
         )
     cotangents = tuple(None if cotangent is None else wide(cotangent) for cotangent in call.cotangents)
@@ -85,12 +88,13 @@ def call_rows(block: Block, use: Use, call: Record, current: Pass) -> Factors:
                 raise
             except Exception as error:  # the adapter may be anyone's, and the layer a subclass that it does not know
                 kind = type(use.module).__name__
-                raise CaptureError(
-                    f"{where}: the adapter failed ({type(error).__name__}: {error}). If {kind} computes something else "
+                raise failed(
+                    f": the adapter failed ({type(error).__name__}: {error}). If {kind} computes something else "
                     f"than the class that the adapter was written for, register one for it; the exact fallback serves "
                     f"any module: curvlib.layers.register({kind})(curvlib.layers.fallback)"
                 ) from error
-        _check_rows(factors, use, rows, arrived, where)
+        if wrong := _wrong_rows(factors, use, rows, arrived):
+            raise failed(wrong)
         return factors
 
     if adapter.whole_call:
@@ -102,15 +106,20 @@ def call_rows(block: Block, use: Use, call: Record, current: Pass) -> Factors:
             one_column = [tuple(None if g is None else g[column] for g in cotangents) for column in range(columns)]
             factors = stack_columns([run(whole, g, samples) for g in one_column])
     else:
-        x, g = _single(call, cotangents, where)
+        if len(call.inputs) != 1 or len(cotangents) != 1:
+            raise failed(
+                f": the call had {len(call.inputs)} input tensors and {len(cotangents)} output tensors, and the "
+                "adapter takes one of each; register it with whole_call=True to see them all"
+            )
+        x, g = wide(call.inputs[0][0]), cast(Tensor, cotangents[0])
         if call.axis is None:
-            raise CaptureError(
-                f"{where}: its input has shape {tuple(x.shape)} and its output {tuple(g.shape[1:])}, the model's "
+            raise failed(
+                f": its input has shape {tuple(x.shape)} and its output {tuple(g.shape[1:])}, the model's "
                 f"output {samples} samples; the first axis must be the sample axis in all of them"
             )
         if call.axis == ALONE and (call.places[0] is None or g.ndim != len(call.places[0].shape) + 2):
-            raise CaptureError(
-                f"{where}: all samples share its output of shape {tuple(g.shape[1:])}, and the backward pass of the "
+            raise failed(
+                f": all samples share its output of shape {tuple(g.shape[1:])}, and the backward pass of the "
                 "loss shows the sum of their cotangents alone: use Sampled or Exact, or give it a first axis of size 1"
             )
         x, g = samples_first(x, g, samples, call.axis)
@@ -134,28 +143,19 @@ def joined(parts: list[dict[str, Factors]], blocks: tuple[Block, ...], observati
     return joined
 
 
-def _single(call: Record, cotangents: tuple[Tensor | None, ...], where: str) -> tuple[Tensor, Tensor]:
-    if len(call.inputs) != 1 or len(cotangents) != 1:
-        raise CaptureError(
-            f"{where}: the call had {len(call.inputs)} input tensors and {len(cotangents)} output tensors, and the "
-            "adapter takes one of each; register it with whole_call=True to see them all"
-        )
-    return wide(call.inputs[0][0]), cast(Tensor, cotangents[0])
-
-
-def _check_rows(factors: Any, use: Use, rows: int, like: Tensor, where: str) -> None:
+def _wrong_rows(factors: Any, use: Use, rows: int, like: Tensor) -> str | None:
+    """What is wrong with what an adapter returned, if something is."""
     if not isinstance(factors, Factors):
-        raise CaptureError(f"{where} returned {type(factors).__name__}; an adapter returns Factors")
+        return f" returned {type(factors).__name__}; an adapter returns Factors"
     if len(factors) != rows:
-        raise CaptureError(f"{where} returned {len(factors)} rows where the batch has {rows}")
+        return f" returned {len(factors)} rows where the batch has {rows}"
     shapes, expected = factors.shapes, _shapes(use)
     if shapes != expected:
-        raise CaptureError(f"{where} returned rows for parameters {shapes}; the trainable ones are {expected}")
+        return f" returned rows for parameters {shapes}; the trainable ones are {expected}"
     one = factors.like
     if one.dtype != like.dtype or one.device != like.device:
-        raise CaptureError(
-            f"{where} returned rows of {one.dtype} on {one.device}; its cotangents are {like.dtype} on {like.device}"
-        )
+        return f" returned rows of {one.dtype} on {one.device}; its cotangents are {like.dtype} on {like.device}"
+    return None
 
 
 def _shapes(use: Use) -> dict[str, tuple[int, ...]]:

@@ -105,7 +105,7 @@ class Factors(ABC):
     # -- algebra ------------------------------------------------------------------------------------------------------
 
     def gram(self) -> Array:
-        """J Jᵀ, shape ``(rows, rows)``."""
+        """J Jᵀ, shape ``(rows, rows)``, a new array."""
         return self.dense().gram()
 
     def cross_gram(self, other: Factors) -> Array:
@@ -117,7 +117,7 @@ class Factors(ABC):
         return self.dense().matvec(vector)
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:
-        """Jᵀ w, a block vector, for row weights w of shape ``(rows,)``."""
+        """Jᵀ w, a block vector of new arrays, for row weights w of shape ``(rows,)``."""
         return self.dense().rmatvec(weights)
 
     def combined(self, weights: Array, other: Factors, other_weights: Array) -> dict[str, Array]:

@@ -202,7 +202,7 @@ def as_vector(gradient: Gradient) -> Vector:
     return gradient
 
 
-def corrected(vector: Vector, correction: Vector, damping: float) -> dict[str, Array]:
+def corrected(vector: Vector, correction: dict[str, Array], damping: float) -> dict[str, Array]:
     """``(v − c) / λ``: what the identity of Woodbury leaves of a gradient v.
 
     Parameters
@@ -210,16 +210,16 @@ def corrected(vector: Vector, correction: Vector, damping: float) -> dict[str, A
     vector
         v, a block vector.
     correction
-        c, Jᵀ w of some weights.
+        c, Jᵀ w of some weights, which gives its memory to the result.
     damping
         λ.
     """
     # Not as one multiple added to another: there, rounding depends on how the arrays lie in memory, and a resumed run
     # would go another way.
-    result = {name: value - correction[name] for name, value in vector.items()}
-    for name in result:
-        result[name] /= damping
-    return result
+    for name in correction:
+        correction[name] -= vector[name]
+        correction[name] /= -damping
+    return correction
 
 
 def sample_space_pays(factors: Factors) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -120,6 +121,27 @@ def _check_products(factors: Factors, rows: Tensor, compare: Comparison) -> None
     for quantity, result in {"rmatvec": factors.rmatvec(weights_in), "diagonal": factors.diagonal()}.items():
         shapes = {name: tuple(array.shape) for name, array in result.items()}
         compare.equal(f"shapes of {quantity}", shapes, factors.shapes)
+    results = {"gram()": lambda: {"": factors.gram()}, "rmatvec": lambda: factors.rmatvec(weights_in)}
+    for quantity, make in results.items():
+        _check_new_arrays(quantity, make, lambda: [numbers(weights_in), _matrix(factors)], compare)
+
+
+def _check_new_arrays(
+    quantity: str, make: Callable[[], dict[str, Array]], others: Callable[[], list[Tensor]], compare: Comparison
+) -> None:
+    """Check that a result may be changed in place, and that nothing else changes with it."""
+    expected = {name: numbers(array).clone() for name, array in make().items()}
+    before, results = [one.clone() for one in others()], make()
+    try:
+        for array in results.values():
+            array += 1
+    except (RuntimeError, ValueError) as error:  # one number for many places, or read only
+        raise compare.fail(quantity, f"is no new array that may be changed: {error}") from error
+    if not all(map(torch.equal, others(), before)):
+        raise compare.fail(quantity, "is no new array: who changes it changes the factors or the weights")
+    for name, array in make().items():
+        compare.close(f"{quantity}, changed once in place", results[name], expected[name] + 1)
+        compare.close(f"{quantity} after its last result was changed", array, expected[name])
 
 
 def _remembered(factors: Factors) -> Factors:

@@ -266,6 +266,23 @@ class NoCompact(Mine):
         return self.dense().scaled(1.01)
 
 
+class KeepsItsGram(Mine):
+    def gram(self):
+        if "kept" not in vars(self):
+            object.__setattr__(self, "kept", super().gram())
+        return self.kept
+
+
+class GivesTheWeights(Mine):
+    def rmatvec(self, weights):
+        return {"weight": weights}
+
+
+class GivesOneNumber(Mine):
+    def rmatvec(self, weights):
+        return {"weight": super().rmatvec(weights)["weight"][:1].expand(self.half.shape[1:])}
+
+
 def test_a_kind_with_dense_alone_passes():
     check_factors(Mine(rows_of("torch", 5, 2, 3)))
 
@@ -283,6 +300,19 @@ def test_a_kind_with_dense_alone_passes():
 def test_a_wrong_operation_of_a_kind_is_named(kind, message):
     with pytest.raises(ConformanceError, match=message):
         check_factors(kind(rows_of("torch", 5, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        (KeepsItsGram(torch.randn(4, 3).double()), r"gram\(\) after its last result was changed is off"),
+        (GivesTheWeights(torch.eye(4).double() / 2), "rmatvec is no new array: who changes it changes the factors or"),
+        (GivesOneNumber(torch.ones(4, 3).double()), "rmatvec is no new array that may be changed"),
+    ],
+)
+def test_results_that_are_no_new_arrays_are_found_out(factors, message):
+    with pytest.raises(ConformanceError, match=message):
+        check_factors(factors)
 
 
 def test_a_wrong_kronecker_pair_is_found_out():
