@@ -96,6 +96,15 @@ class Blocks:
             part.refresh()
         self.plan.buffers.trim()
 
+    def sampled(self):
+        """Refresh, and solve for the mean of other rows of the same pass: a fresh step of the sampled Fisher."""
+        with torch.no_grad():
+            for rows in self.explicit:
+                rows()
+        for part in self.parts:
+            part.sampled()
+        self.plan.buffers.trim()
+
     def solve(self):
         for part in self.parts:
             part.solver.solve_all(part.inverses, part.gradients)
@@ -135,11 +144,23 @@ class _Part:
     def __init__(self, solver, factors, gradients):
         self.solver, self.factors, self.gradients = solver, factors, gradients
         self.from_rows = all(isinstance(gradient, curvlib.factors.Factors) for gradient in gradients)
+        gains = [solver.gains_from_rows(rows, same=False, together=True) for rows in factors]
+        # Rows with the inputs in common, as those of the loss have.
+        self.others = [
+            rows.scaled(0.5) if one else gradient for rows, one, gradient in zip(factors, gains, gradients, strict=True)
+        ]
+        self.all_from_rows = all(gains)
         self.refresh()
 
     def refresh(self):
-        estimates = self.solver.update_all([None] * len(self.factors), self.factors)
-        self.inverses = self.solver.factorize_all(estimates, [DAMPING] * len(estimates))
+        self.inverses = self._inverses(self.factors)
+
+    def sampled(self):
+        self.solver.solve_all(self._inverses([rows.remembering() for rows in self.factors]), self.others)
+
+    def _inverses(self, factors):
+        estimates = self.solver.update_all([None] * len(factors), factors)
+        return self.solver.factorize_all(estimates, [DAMPING] * len(estimates))
 
 
 def floors(workload, rounds):
@@ -150,11 +171,18 @@ def floors(workload, rounds):
     for name, own in blocks.items():
         timed |= {f"{name} refresh": own.refresh, f"{name} solve": own.solve}
     timed["TENGraD solve, own rows"] = blocks["TENGraD"].solve_own
+    timed["TENGraD refresh and solve, sampled"] = blocks["TENGraD"].sampled
     ms = {name: 1e3 * value for name, value in zip(timed, in_turns(*timed.values(), rounds=rounds), strict=True)}
     ms["second backward"] -= ms["passes"]
     fresh = ms["passes"] + ms["update"] + ms["TENGraD refresh"] + ms["TENGraD solve, own rows"]
     stale = ms["SGD step"] + ms["TENGraD solve"]
-    steps = {"TENGraD, fresh": fresh, "TENGraD, refresh 10": stale + (fresh - stale) / PERIOD}
+    from_rows = all(part.all_from_rows for part in blocks["TENGraD"].parts)
+    bare = (ms["passes"] + ms["update"] if from_rows else ms["SGD step"]) + ms["second backward"]
+    steps = {
+        "TENGraD, fresh": fresh,
+        "TENGraD, refresh 10": stale + (fresh - stale) / PERIOD,
+        "TENGraD, sampled, fresh": bare + ms["TENGraD refresh and solve, sampled"],
+    }
     for name in ("KFAC", "EKFAC"):
         bare = ms["passes"] + ms["update"] if blocks[name].from_rows else ms["SGD step"]
         refresh = ms[f"{name} refresh"] + ms["second backward"]

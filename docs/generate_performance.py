@@ -188,6 +188,7 @@ def anatomy(growth: dict[str, Any]) -> str:
 FLOORS = {
     "TENGraD, fresh": "curvlib TENGraD, empirical",
     "TENGraD, refresh 10": "curvlib TENGraD, empirical, refresh 10",
+    "TENGraD, sampled, fresh": "curvlib TENGraD, sampled",
     "KFAC, refresh 10": "curvlib KFAC, refresh 10",
     "EKFAC, refresh 10": "curvlib EKFAC, refresh 10",
 }
