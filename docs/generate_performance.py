@@ -86,7 +86,7 @@ batches, a product for each of its threads.
 product of two 32 × 32 matrices takes fifty times as long as with one thread. So kernels and covariances of one size are
 factorised in one call for all blocks, small explicit rows of equal shape have their Grams in one product, KFAC's and
 EKFAC's inverses of small layers are applied to all of them at once, and a single right-hand side is solved for by one
-thread. Explicit rows of equal shape from 1 to 16 MiB are made as parts of one tensor, once a step has asked for several
+thread. Explicit rows of equal shape from 1 to 8 MiB are made as parts of one tensor, once a step has asked for several
 of them (`curvlib.arrays.Buffers`): then one call makes the Grams of all, a thread for each, and another their weighted
 sums. Twelve Grams of a transformer's Linear layers at batch 32 take 8.4 instead of 11 ms. A product of a part has the
 same bits as that of the same rows by themselves, so that a run that is resumed goes on as it was.

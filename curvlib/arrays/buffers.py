@@ -20,8 +20,8 @@ __all__ = ["Buffers"]
 _LARGE = 32 << 20
 """Bytes from which on glibc asks the system for memory each time, and gets it page by page, zeroed."""
 
-SIDE_BY_SIDE = range(1 << 20, 16 << 20)
-"""Bytes of tensors that share memory with others of their shape; products of smaller ones gain nothing from it."""
+SIDE_BY_SIDE = range(1 << 20, (8 << 20) + 1)
+"""Bytes of tensors that share memory with others of their shape; products of others gain little from it, or nothing."""
 
 
 _Kind: TypeAlias = tuple[tuple[int, ...], torch.dtype]
