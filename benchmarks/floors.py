@@ -89,20 +89,18 @@ class Blocks:
         self.from_rows = all(part.from_rows for part in self.parts)
 
     def refresh(self):
-        with torch.no_grad():
-            for rows in self.explicit:
-                rows()
-        for part in self.parts:
-            part.refresh()
-        self.plan.buffers.trim()
+        self._renew(lambda part: part.refresh())
 
     def sampled(self):
         """Refresh, and solve for the mean of other rows of the same pass: a fresh step of the sampled Fisher."""
+        self._renew(lambda part: part.sampled())
+
+    def _renew(self, work):
         with torch.no_grad():
             for rows in self.explicit:
                 rows()
         for part in self.parts:
-            part.sampled()
+            work(part)
         self.plan.buffers.trim()
 
     def solve(self):

@@ -6,6 +6,7 @@ from curvlib.arrays.indexing import equal_pairs, index_add
 from curvlib.arrays.linalg import (
     add_diagonal,
     adjoining,
+    alike,
     cholesky,
     cholesky_inverse,
     cholesky_solve,
@@ -33,6 +34,7 @@ __all__ = [
     "Vector",
     "add_diagonal",
     "adjoining",
+    "alike",
     "altered",
     "cholesky",
     "cholesky_inverse",

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 from curvlib.arrays.checks import require, waiting
-from curvlib.arrays.namespace import Array, kernels, namespace
+from curvlib.arrays.namespace import Array, device, kernels, namespace
 from curvlib.errors import NotPositiveDefiniteError
 
 __all__ = [
     "add_diagonal",
     "adjoining",
+    "alike",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",
@@ -165,6 +166,14 @@ def matrix_vector(matrix: Array, vector: Array) -> Array:
 def stacked(matrices: Sequence[Array]) -> Array:
     """Matrices of one shape as one array, laid out as they are; not to be changed, for it may be where they lie."""
     return kernels(matrices[0]).stacked(matrices)
+
+
+def alike(matrices: Sequence[Array]) -> list[list[int]]:
+    """Places of the matrices of each shape, dtype and device."""
+    places: dict[Any, list[int]] = {}
+    for place, matrix in enumerate(matrices):
+        places.setdefault((matrix.shape, matrix.dtype, device(matrix)), []).append(place)
+    return list(places.values())
 
 
 def adjoining(matrices: Sequence[Array]) -> list[tuple[list[int], Array]]:

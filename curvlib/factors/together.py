@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from curvlib.arrays import Array, adjoining, device, matrix_vector, namespace, self_product
+from curvlib.arrays import Array, adjoining, alike, matrix_vector, namespace, self_product
 from curvlib.factors.base import Factors
 from curvlib.factors.dense import Dense
 from curvlib.factors.scaled import Scaled
@@ -93,8 +93,10 @@ def _unscaled(factors: Factors) -> tuple[Factors, float]:
 def _self_products(matrices: Sequence[Array]) -> list[Array]:
     """A Aᵀ of each matrix, of those of equal shape in one call where that pays, all of them new arrays."""
     products: list[Any] = [None] * len(matrices)
-    for n, d, places in _alike(matrices):
-        own = [matrices[place] for place in places]
+    for places in alike(matrices):
+        own, (n, d) = [matrices[place] for place in places], matrices[places[0]].shape
+        if len(places) == 1:
+            continue
         if n * d <= _SMALL and n * n * d <= _SHORT:
             stacks = [(list(range(len(own))), namespace(own[0]).stack(own))]
         else:
@@ -108,7 +110,7 @@ def _self_products(matrices: Sequence[Array]) -> list[Array]:
 def _weighted_sums(matrices: Sequence[Array], weights: Sequence[Array]) -> list[Array]:
     """Aᵀ w of each matrix, of those of equal shape that lie side by side in one call."""
     sums: list[Any] = [None] * len(matrices)
-    for _, _, places in _alike(matrices):
+    for places in alike(matrices):
         for some, stack in adjoining([matrices[place] for place in places]):
             rows = namespace(stack).stack([weights[places[inner]] for inner in some])[:, None, :]
             for inner, total in zip(some, list((rows @ stack)[:, 0]), strict=True):
@@ -117,11 +119,3 @@ def _weighted_sums(matrices: Sequence[Array], weights: Sequence[Array]) -> list[
         matrix_vector(matrix.T, one) if made is None else made
         for matrix, one, made in zip(matrices, weights, sums, strict=True)
     ]
-
-
-def _alike(matrices: Sequence[Array]) -> list[tuple[int, int, list[int]]]:
-    """Rows and columns of the shapes that several matrices have, with the places of these."""
-    alike: dict[Any, list[int]] = {}
-    for place, matrix in enumerate(matrices):
-        alike.setdefault((*matrix.shape, matrix.dtype, device(matrix)), []).append(place)
-    return [(n, d, places) for (n, d, *_), places in alike.items() if len(places) > 1]

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, device, namespace, side_by_side, stacked
+from curvlib.arrays import (
+    Array,
+    add_diagonal,
+    alike,
+    cholesky,
+    cholesky_solve,
+    device,
+    namespace,
+    side_by_side,
+    stacked,
+)
 from curvlib.solvers.base import check_damping
 
 __all__ = ["cholesky_factors", "kernel_solutions"]
@@ -36,7 +46,7 @@ def cholesky_factors(matrices: Sequence[Array], dampings: Sequence[float]) -> li
     """
     factors: list[Any] = [None] * len(matrices)
     checked = {damping: check_damping(damping) for damping in set(dampings)}
-    for places in _alike(matrices):
+    for places in alike(matrices):
         n, where = int(matrices[places[0]].shape[0]), device(matrices[places[0]])
         own, values = [matrices[place] for place in places], [checked[dampings[place]] for place in places]
         elements = len(places) * n * n
@@ -72,7 +82,7 @@ def kernel_solutions(factors: Sequence[Array], rhs: Sequence[Array]) -> list[Arr
         Right-hand sides, each of shape ``(rows,)``.
     """
     solutions: list[Any] = [None] * len(factors)
-    for places in _alike(factors):
+    for places in alike(factors):
         n, where = int(factors[places[0]].shape[0]), device(factors[places[0]])
         own, sides = [factors[place] for place in places], [rhs[place] for place in places]
         if len(places) == 1 or not _stacking_pays(n, _SOLVED_TOGETHER_UP_TO, where):
@@ -82,14 +92,6 @@ def kernel_solutions(factors: Sequence[Array], rhs: Sequence[Array]) -> list[Arr
         for place, solution in zip(places, made, strict=True):
             solutions[place] = solution
     return solutions
-
-
-def _alike(matrices: Sequence[Array]) -> Iterable[list[int]]:
-    """Places of the matrices of each size and kind."""
-    places: dict[Any, list[int]] = {}
-    for place, matrix in enumerate(matrices):
-        places.setdefault((matrix.shape, matrix.dtype, device(matrix)), []).append(place)
-    return places.values()
 
 
 def _stacking_pays(size: int, most: int, where: Any) -> bool:
