@@ -5,6 +5,7 @@ from curvlib.arrays.checks import Deferred, deferred, require
 from curvlib.arrays.indexing import equal_pairs, index_add
 from curvlib.arrays.linalg import (
     add_diagonal,
+    add_multiple,
     adjoining,
     alike,
     cholesky,
@@ -24,6 +25,7 @@ from curvlib.arrays.linalg import (
     widen,
 )
 from curvlib.arrays.namespace import Array, Vector, contract, device, dot, kernels, namespace, nbytes, same
+from curvlib.arrays.pieces import in_pieces
 from curvlib.arrays.state import TRANSIENT, altered, map_arrays, pack, record, unpack
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Deferred",
     "Vector",
     "add_diagonal",
+    "add_multiple",
     "adjoining",
     "alike",
     "altered",
@@ -46,6 +49,7 @@ __all__ = [
     "eigh",
     "equal_pairs",
     "hadamard_gram",
+    "in_pieces",
     "index_add",
     "is_finite",
     "kernels",

@@ -12,6 +12,7 @@ from curvlib.errors import NotPositiveDefiniteError
 
 __all__ = [
     "add_diagonal",
+    "add_multiple",
     "adjoining",
     "alike",
     "cholesky",
@@ -156,6 +157,14 @@ def self_product(matrix: Array) -> Array:
 def hadamard_gram(first: Array, second: Array, ones: bool) -> Array:
     """(A Aᵀ) ∘ (B Bᵀ) for A and B with as many rows, a new array; with `ones` as if A had a column of ones besides."""
     return kernels(first).hadamard_gram(first, second, ones)
+
+
+def add_multiple(array: Array, other: Array, multiple: float) -> Array:
+    """``array + multiple · other``, in one pass and in the array's memory where its elements lie in a row.
+
+    The same bits however the arguments are laid out.
+    """
+    return kernels(array).add_multiple(array, other, multiple)
 
 
 def matrix_vector(matrix: Array, vector: Array) -> Array:

@@ -19,6 +19,7 @@ except ImportError as error:
 __all__ = [
     "FAILURES",
     "add_diagonal",
+    "add_multiple",
     "address",
     "adjoining",
     "cholesky",
@@ -101,6 +102,12 @@ def self_product(matrix: Array) -> Array:
 def hadamard_gram(first: Array, second: Array, ones: bool) -> Array:
     """(A Aᵀ) ∘ (B Bᵀ), or (A Aᵀ + 1) ∘ (B Bᵀ)."""
     return (self_product(first) + float(ones)) * self_product(second)
+
+
+def add_multiple(array: Array, other: Array, multiple: float) -> Array:
+    """A + multiple · B, in the memory of A."""
+    array += multiple * other
+    return array
 
 
 def matrix_vector(matrix: Array, vector: Array) -> Array:

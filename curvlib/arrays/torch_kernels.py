@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from curvlib.arrays.buffers import SIDE_BY_SIDE
+from curvlib.arrays.pieces import in_pieces
 
 __all__ = [
     "FAILURES",
     "add_diagonal",
+    "add_multiple",
     "address",
     "adjoining",
     "cholesky",
@@ -71,6 +73,14 @@ def add_diagonal(matrix: Tensor, value: Tensor | float, copy: bool) -> Tensor:
     result = matrix.clone() if copy else matrix
     result.diagonal(dim1=-2, dim2=-1).add_(_by_matrix(value))
     return result
+
+
+def add_multiple(array: Tensor, other: Tensor, multiple: float) -> Tensor:
+    """A + multiple · B. Both in a row, for elsewhere the product is rounded before it is added."""
+    total = array.contiguous()
+    for piece, addend in zip(*in_pieces([total], [other.contiguous()]), strict=True):
+        piece.add_(addend, alpha=multiple)
+    return total
 
 
 def _by_matrix(value: Tensor | float) -> Tensor | float:

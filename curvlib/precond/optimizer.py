@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.arrays import Deferred
+from curvlib.arrays import Deferred, in_pieces
 from curvlib.capture import GradientRows
 from curvlib.capture.autocast import without_autocast
 from curvlib.errors import CaptureError
@@ -178,7 +178,9 @@ class NaturalGradient(Deferring):
             moves = selected(good, moves)
         for rate in dict.fromkeys(context.rates):
             chosen = [place for place, own in enumerate(context.rates) if own == rate]
-            torch._foreach_add_([context.parameters[i] for i in chosen], [moves[i] for i in chosen], alpha=-rate)
+            torch._foreach_add_(
+                *in_pieces([context.parameters[i] for i in chosen], [moves[i] for i in chosen]), alpha=-rate
+            )
         if self._adamw is not None:
             self._adamw.step()
         if later is not None:

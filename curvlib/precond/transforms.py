@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from curvlib.arrays import in_pieces
 from curvlib.errors import ConfigurationError
 from curvlib.hyperparameters import Checked
 
@@ -297,8 +299,7 @@ class Momentum(Transform):
 
     def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
         momentum, decays = buffers["momentum"], context.option("momentum", self.decay)
-        torch._foreach_mul_(momentum, decays)
-        torch._foreach_add_(momentum, directions)
+        _average(momentum, directions, decays)
         if self.nesterov:
             return _foreach_sum(directions, momentum, decays)
         return momentum
@@ -329,6 +330,18 @@ class WeightDecay(Transform):
     def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
         rates = context.option("weight_decay", self.rate)
         return _foreach_sum(directions, context.parameters, rates) if any(rates) else directions
+
+
+def _average(totals: list[Tensor], addends: list[Tensor], decays: list[float]) -> None:
+    """``total ← decay · total + addend``, on a CPU in one pass over memory instead of two."""
+    several = len(set(decays)) > 1 or is_compiling() or not all(total.is_cpu for total in totals)
+    if several or any(tensor.requires_grad for tensor in (*totals, *addends)):
+        torch._foreach_mul_(totals, decays)
+        torch._foreach_add_(totals, addends)
+        return
+    # In a row, as totals lie that were loaded: elsewhere the product is rounded before it is added.
+    for total, addend in zip(*in_pieces(totals, [one.contiguous() for one in addends]), strict=True):
+        torch.add(addend, total, alpha=decays[0], out=total)
 
 
 def _foreach_sum(left: list[Tensor], right: list[Tensor], factors: list[float]) -> list[Tensor]:

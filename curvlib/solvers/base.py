@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from curvlib.arrays import Array, Vector, require_finite
+from curvlib.arrays import Array, Vector, add_multiple, require_finite
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors
 from curvlib.hyperparameters import Checked
@@ -202,24 +202,19 @@ def as_vector(gradient: Gradient) -> Vector:
     return gradient
 
 
-def corrected(vector: Vector, correction: dict[str, Array], damping: float) -> dict[str, Array]:
-    """``(v − c) / λ``: what the identity of Woodbury leaves of a gradient v.
+def corrected(vector: Vector, correction: Vector, damping: float) -> dict[str, Array]:
+    """``v / λ + c``: what the identity of Woodbury leaves of a gradient v.
 
     Parameters
     ----------
     vector
         v, a block vector.
     correction
-        c, Jᵀ w of some weights, which gives its memory to the result.
+        c, Jᵀ w of weights that the factor −1 / λ is in already; gives its memory to the result.
     damping
         λ.
     """
-    # Not as one multiple added to another: there, rounding depends on how the arrays lie in memory, and a resumed run
-    # would go another way.
-    for name in correction:
-        correction[name] -= vector[name]
-        correction[name] /= -damping
-    return correction
+    return {name: add_multiple(value, vector[name], 1 / damping) for name, value in correction.items()}
 
 
 def sample_space_pays(factors: Factors) -> bool:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from curvlib.arrays import Array, Vector, add_diagonal, cholesky, cholesky_solve, namespace, record
+from curvlib.arrays import Array, Vector, add_diagonal, cholesky, namespace, record
 from curvlib.factors import Factors
 from curvlib.factors.together import covariances
 from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping
-from curvlib.solvers.batched import cholesky_factors
+from curvlib.solvers.batched import cholesky_factors, kernel_solutions
 
 __all__ = ["Covariance", "Dense", "DenseInverse", "flatten", "unflatten"]
 
@@ -61,9 +61,21 @@ class Dense(Solver):
         return [DenseInverse(factor, estimate.shapes) for factor, estimate in made]
 
     def solve(self, inverse: DenseInverse, gradient: Gradient) -> dict[str, Array]:
-        vector = as_vector(gradient)
-        check_block(vector, inverse.shapes)
-        return unflatten(cholesky_solve(inverse.factor, flatten(vector, inverse.shapes)), inverse.shapes)
+        return self._solved([inverse], [gradient])[0]
+
+    def solve_all(self, inverses: Sequence[Any], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
+        if type(self).solve is not Dense.solve:
+            return super().solve_all(inverses, gradients)
+        return self._solved(inverses, gradients)
+
+    def _solved(self, inverses: Sequence[DenseInverse], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
+        sides = []
+        for inverse, gradient in zip(inverses, gradients, strict=True):
+            vector = as_vector(gradient)
+            check_block(vector, inverse.shapes)
+            sides.append(flatten(vector, inverse.shapes))
+        solutions = kernel_solutions([inverse.factor for inverse in inverses], sides)
+        return [unflatten(flat, inverse.shapes) for flat, inverse in zip(solutions, inverses, strict=True)]
 
 
 def flatten(vector: Vector, shapes: Mapping[str, tuple[int, ...]]) -> Array:

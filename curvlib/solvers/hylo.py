@@ -50,7 +50,8 @@ class RowInverse:
         """Return the natural gradient, a block vector."""
         vector = as_vector(gradient)
         check_block(vector, self.rows.shapes)
-        return corrected(vector, self.rows.rmatvec(self.middle @ self.rows.matvec(vector)), self.damping)
+        weights = self.middle @ self.rows.matvec(vector) / -self.damping
+        return corrected(vector, self.rows.rmatvec(weights), self.damping)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def right_hand_side(one: System) -> Array:
 def naturals(systems: Sequence[System], solutions: Sequence[Array]) -> list[dict[str, Array]]:
     """Natural gradient of each block, from the solution w of its kernel."""
     weighted = [(one, w) for one, w in zip(systems, solutions, strict=True) if not isinstance(one, Combined)]
-    weights = [w if isinstance(one, Mean) else w / one.rows.normalizer for one, w in weighted]
+    weights = [w if isinstance(one, Mean) else w / (-one.rows.normalizer * one.damping) for one, w in weighted]
     sums = iter(rmatvecs([one.rows for one, _ in weighted], weights))
     results = []
     for one, w in zip(systems, solutions, strict=True):

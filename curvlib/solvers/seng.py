@@ -189,7 +189,7 @@ class SENG(Solver):
         vector, shapes = as_vector(gradient), rows.shapes
         check_block(vector, shapes)
         products = rows.matvec(vector) if sketch is None else sketch.products(vector, shapes)
-        weights = cholesky_solve(inverse.factor, products) / rows.normalizer
+        weights = cholesky_solve(inverse.factor, products) / (-rows.normalizer * inverse.damping)
         return corrected(vector, rows.rmatvec(weights), inverse.damping)
 
 

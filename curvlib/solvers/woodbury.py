@@ -154,13 +154,12 @@ class Woodbury(Solver):
         if type(self).solve is not Woodbury.solve:
             return super().solve_all(inverses, gradients)
         results: list[Any] = [None] * len(inverses)
-        large = [place for place, inverse in enumerate(inverses) if isinstance(inverse, WoodburyInverse)]
-        solved = self._solved([inverses[place] for place in large], [gradients[place] for place in large])
-        for place, natural in zip(large, solved, strict=True):
-            results[place] = natural
-        for place, natural in enumerate(results):
-            if natural is None:
-                results[place] = self.solve(inverses[place], gradients[place])
+        small = [place for place, inverse in enumerate(inverses) if isinstance(inverse, DenseInverse)]
+        large = [place for place in range(len(inverses)) if place not in small]
+        for places, solve in ((small, Dense().solve_all), (large, self._solved)):
+            made = solve([inverses[place] for place in places], [gradients[place] for place in places])
+            for place, natural in zip(places, made, strict=True):
+                results[place] = natural
         return results
 
     def _solved(self, inverses: Sequence[WoodburyInverse], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:

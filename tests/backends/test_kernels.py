@@ -113,6 +113,19 @@ def test_products_with_vectors(library, threads, n, d):
         np.testing.assert_allclose(read(arrays.matrix_vector(make(one), make(vector))), one @ vector, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (300, 200), (1000, 300)])
+def test_a_multiple_of_another_array_is_added(library, shape):
+    make, read = library
+    one, other = numbers(*shape), numbers(*shape)[::-1]
+    expected, found = one + 0.3 * other, []
+    for left in (np.ascontiguousarray(one), np.asfortranarray(one)):
+        for right in (np.ascontiguousarray(other), np.asfortranarray(other)):
+            found.append(read(arrays.add_multiple(make(left.copy(order="K")), make(right), 0.3)))
+            np.testing.assert_allclose(found[-1], expected, rtol=1e-14, atol=1e-14)
+    for layout in found[1:]:
+        np.testing.assert_array_equal(layout, found[0])  # to the bit
+
+
 def test_views_of_the_same_memory_are_the_same(library):
     make, _ = library
     matrix, other = make(numbers(4, 6)), make(numbers(4, 6))

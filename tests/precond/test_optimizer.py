@@ -196,6 +196,31 @@ def test_nesterov_looks_ahead():
     assert torch.equal(move, torch.full((2,), 2.0))
 
 
+@pytest.mark.parametrize("decays", ["one", "several"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_of_tensors_of_every_size_and_layout(decays, nesterov):
+    shapes = [(), (3, 5), (300, 200), (600, 600)]
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    groups = tuple({"momentum": 0.9 if decays == "one" else 0.1 * place} for place in range(len(shapes)))
+    buffers = {"momentum": [torch.zeros_like(p) for p in parameters]}
+    buffers["momentum"][2] = torch.zeros(200, 300, dtype=torch.float64).T  # as a user's own checkpoint may have it
+    own, expected = list(buffers["momentum"]), [torch.zeros_like(p) for p in parameters]
+    for step in range(3):
+        directions = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        if step == 1:
+            directions[3] = directions[3].T.contiguous().T
+        given = [one.clone() for one in directions]
+        context = curvlib.precond.Context(parameters, directions, [0.1] * 4, step=step, groups=groups)
+        moves = Momentum(nesterov=nesterov).apply(directions, context, buffers)
+        for place, (group, direction) in enumerate(zip(groups, given, strict=True)):
+            expected[place] = group["momentum"] * expected[place] + direction
+            ahead = direction + group["momentum"] * expected[place] if nesterov else expected[place]
+            torch.testing.assert_close(moves[place], ahead, rtol=1e-14, atol=1e-14)
+            assert torch.equal(directions[place], direction)  # it belongs to someone else
+            torch.testing.assert_close(own[place], expected[place], rtol=1e-14, atol=1e-14)
+
+
 def test_a_zero_gradient_is_not_clipped_to_nan():
     parameter = torch.zeros(2)
     context = curvlib.precond.Context([parameter], [parameter], [1.0], 0)
