@@ -5,7 +5,7 @@ from curvlib.arrays.checks import Deferred, deferred, require
 from curvlib.arrays.indexing import equal_pairs, index_add
 from curvlib.arrays.linalg import (
     add_diagonal,
-    add_multiple,
+    add_multiples,
     adjoining,
     alike,
     cholesky,
@@ -35,7 +35,7 @@ __all__ = [
     "Deferred",
     "Vector",
     "add_diagonal",
-    "add_multiple",
+    "add_multiples",
     "adjoining",
     "alike",
     "altered",

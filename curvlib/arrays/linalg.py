@@ -12,7 +12,7 @@ from curvlib.errors import NotPositiveDefiniteError
 
 __all__ = [
     "add_diagonal",
-    "add_multiple",
+    "add_multiples",
     "adjoining",
     "alike",
     "cholesky",
@@ -159,12 +159,12 @@ def hadamard_gram(first: Array, second: Array, ones: bool) -> Array:
     return kernels(first).hadamard_gram(first, second, ones)
 
 
-def add_multiple(array: Array, other: Array, multiple: float) -> Array:
-    """``array + multiple · other``, in one pass and in the array's memory where its elements lie in a row.
+def add_multiples(arrays: Sequence[Array], others: Sequence[Array], multiple: float) -> list[Array]:
+    """``array + multiple · other`` for each, in one pass and in the array's memory where its elements lie in a row.
 
     The same bits however the arguments are laid out.
     """
-    return kernels(array).add_multiple(array, other, multiple)
+    return kernels(arrays[0]).add_multiples(arrays, others, multiple)  # type: ignore[no-any-return]  # found at run time
 
 
 def matrix_vector(matrix: Array, vector: Array) -> Array:

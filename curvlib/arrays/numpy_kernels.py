@@ -19,7 +19,7 @@ except ImportError as error:
 __all__ = [
     "FAILURES",
     "add_diagonal",
-    "add_multiple",
+    "add_multiples",
     "address",
     "adjoining",
     "cholesky",
@@ -104,10 +104,11 @@ def hadamard_gram(first: Array, second: Array, ones: bool) -> Array:
     return (self_product(first) + float(ones)) * self_product(second)
 
 
-def add_multiple(array: Array, other: Array, multiple: float) -> Array:
-    """A + multiple · B, in the memory of A."""
-    array += multiple * other
-    return array
+def add_multiples(arrays: Sequence[Array], others: Sequence[Array], multiple: float) -> list[Array]:
+    """A + multiple · B for each, in the memory of A."""
+    for array, other in zip(arrays, others, strict=True):
+        array += multiple * other
+    return list(arrays)
 
 
 def matrix_vector(matrix: Array, vector: Array) -> Array:

@@ -19,7 +19,7 @@ from curvlib.arrays.pieces import in_pieces
 __all__ = [
     "FAILURES",
     "add_diagonal",
-    "add_multiple",
+    "add_multiples",
     "address",
     "adjoining",
     "cholesky",
@@ -46,7 +46,7 @@ _SPLIT_UP_TO, _PART = 128, 2048
 _SHARED_FROM = 2**20
 """Multiply-adds from which a Gram matrix is worth a call that gives every thread rows of its own, on a CPU."""
 
-_STREAMED_FROM = 2**24
+_STREAMED_FROM = 2**23
 """Bytes from which a matrix comes from memory, which one thread alone does not keep busy, on a CPU."""
 
 _HALVED_FROM, _HALVED_SIZE, _BLOCK, _FEW = 256, 2**18, 128, 4
@@ -75,12 +75,12 @@ def add_diagonal(matrix: Tensor, value: Tensor | float, copy: bool) -> Tensor:
     return result
 
 
-def add_multiple(array: Tensor, other: Tensor, multiple: float) -> Tensor:
-    """A + multiple · B. Both in a row, for elsewhere the product is rounded before it is added."""
-    total = array.contiguous()
-    for piece, addend in zip(*in_pieces([total], [other.contiguous()]), strict=True):
+def add_multiples(arrays: Sequence[Tensor], others: Sequence[Tensor], multiple: float) -> list[Tensor]:
+    """A + multiple · B. All in a row, for elsewhere the product is rounded before it is added."""
+    totals = [array.contiguous() for array in arrays]
+    for piece, addend in zip(*in_pieces(totals, [other.contiguous() for other in others]), strict=True):
         piece.add_(addend, alpha=multiple)
-    return total
+    return totals
 
 
 def _by_matrix(value: Tensor | float) -> Tensor | float:

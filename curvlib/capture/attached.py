@@ -11,6 +11,7 @@ from weakref import ref
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 __all__ = ["Hook", "Hooks", "Silence", "owners"]
 
@@ -61,7 +62,7 @@ class Hook:
         function = self._function()
         if function is not None:
             return function(module, *arguments)
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             self._leave(module)
         return None
 
@@ -91,8 +92,10 @@ def _uncompiled() -> type[Hook]:
 
     def call(hook: Hook, module: nn.Module, *arguments: Any) -> Any:
         # What sets a function apart from what is compiled takes longer than most hooks, also where nothing is.
-        function = apart if torch.compiler.is_compiling() else Hook.__call__
-        return function(hook, module, *arguments)
+        if is_compiling():
+            return apart(hook, module, *arguments)
+        function = hook._function()
+        return Hook.__call__(hook, module, *arguments) if function is None else function(module, *arguments)
 
     return type("UncompiledHook", (Hook,), {"__call__": call})
 

@@ -21,7 +21,7 @@ from curvlib.capture.rows import joined
 from curvlib.factors import Factors
 from curvlib.layers import Block
 
-__all__ = ["GradientRows", "Taken", "Withholding", "gradient_rows"]
+__all__ = ["GradientRows", "Taken", "Withholding", "gradient_rows", "rooted"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,6 @@ class Withholding:
         self.always: set[str] = set()
         self._wanted = wanted
         self._withheld: dict[nn.Module, list[nn.Parameter]] = {}
-        self._last: nn.Module | None = None
         self._hooks = Hooks(self)
 
     def add(self, block: Block, always: bool) -> None:
@@ -123,45 +122,35 @@ class Withholding:
         module, parameters = block.uses[0].module, list(block.parameters.values())
 
         def begin(module: nn.Module, args: Any) -> None:
-            if self._wanted(block.name):
-                self._withheld[module] = [p for p in parameters if p.requires_grad]
-                for p in self._withheld[module]:
+            # A module that is there already was interrupted, and its parameters are not where they belong yet.
+            if self._wanted(block.name) and module not in self._withheld:
+                self._withheld[module] = held = [p for p in parameters if p.requires_grad]
+                for p in held:
                     p.requires_grad_(False)
-
-        def end(module: nn.Module, args: Any, output: Any) -> Any:
-            held = self._withheld.pop(module, None)
-            if held is None:
-                return None
-            for p in held:
-                p.requires_grad_(True)
-            self._last = module
-            # Nothing that needs a gradient went in: the graph has to begin here.
-            if not isinstance(output, Tensor) or output.requires_grad:
-                return None
-            return _Root.apply(torch.zeros((), requires_grad=True), [output])  # type: ignore[no-untyped-call]  # in torch
 
         self.names.add(block.name)
         self._hooks.before(module, begin)
-        # Before the hook that records, and also when the call fails.
-        self._hooks.after(module, end, prepend=True, always_call=True)
+
+    def end(self, module: nn.Module) -> bool:
+        """Put the parameters of a module back whose call has just ended, and tell whether they were kept out of it."""
+        held = self._withheld.pop(module, None)
+        if held is None:
+            return False
+        for p in held:
+            p.requires_grad_(True)
+        return True
 
     def of(self, blocks: Sequence[Block]) -> tuple[set[str], set[str]]:
         """Names of these blocks that have hooks, and of those treated so always."""
         names = {block.name for block in blocks}
         return self.names & names, self.always & names
 
-    def just_withheld(self, module: nn.Module) -> bool:
-        """Whether the call of `module` that has just ended kept its parameters out."""
-        last, self._last = self._last, None
-        return last is module
-
     def restore(self) -> None:
-        """Put parameters back that a call left out of the graph when it was interrupted (Ctrl-C runs no hooks)."""
+        """Put parameters back that a call left out of the graph when it was interrupted."""
         for held in self._withheld.values():
             for p in held:
                 p.requires_grad_(True)
         self._withheld.clear()
-        self._last = None
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -180,6 +169,13 @@ def can_withhold(block: Block) -> bool:
         return False
     own = {id(p) for p in module._parameters.values()}
     return all(id(p) in own for p in block.parameters.values())
+
+
+def rooted(output: Any) -> Any:
+    """Output of a call whose parameters were kept out; the graph begins at it if nothing went in that has one."""
+    if not isinstance(output, Tensor) or output.requires_grad:
+        return output
+    return _Root.apply(torch.zeros((), requires_grad=True), [output])  # type: ignore[no-untyped-call]  # in torch
 
 
 class _Root(torch.autograd.Function):

@@ -17,7 +17,6 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,19 +26,18 @@ from torch.autograd.graph import get_gradient_edge
 from curvlib.arrays import deferred
 from curvlib.capture.attached import Hooks, Silence, owners
 from curvlib.capture.autocast import without_autocast
-from curvlib.capture.axes import spread
-from curvlib.capture.handover import Taken, Withholding, gradient_rows
+from curvlib.capture.handover import Taken, Withholding, gradient_rows, rooted
 from curvlib.capture.making import RowMaker
 from curvlib.capture.outputs import Output, likelihood_outputs, output_cotangents
 from curvlib.capture.pulling import pull_back
-from curvlib.capture.records import Pass, Place, Record
+from curvlib.capture.records import Pass, Record, recorded
 from curvlib.capture.rows import joined
 from curvlib.capture.verify import verify
 from curvlib.errors import NonFiniteError
 from curvlib.factors import Factors, Plan
 from curvlib.fisher import Empirical, Fisher
 from curvlib.layers import Adapter, Block, Use, adapter_for
-from curvlib.layers.tree import mapped, tensors
+from curvlib.layers.tree import tensors
 
 __all__ = ["Capture", "Output"]
 
@@ -113,7 +111,8 @@ class Capture:
     def _attach(self) -> None:
         for block in self.blocks:
             for use in block.uses:
-                self._hooks.after(use.module, self._recorder(block, use), with_kwargs=True)
+                # Before the user's own hooks: what these make of an output is a part of the graph behind it.
+                self._hooks.after(use.module, self._recorder(block, use), with_kwargs=True, prepend=True)
         for module in self._model.modules():
             adapter = adapter_for(type(module))
             if adapter is not None and adapter.couples_samples:
@@ -263,55 +262,33 @@ class Capture:
 
     def _recorder(self, block: Block, use: Use) -> Callable[..., Any]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            handed = self._withholding.just_withheld(module)
-            if self._current is None or not self._listening() or not (handed or self._current.armed):
+            current = self._current
+            if current is None:
                 return None
-            results = tensors(output)
-            needed = [tensor for tensor in results if tensor.requires_grad]
-            if not needed:
-                return None
-            # Attached to the graph, whose hooks hold the record, it would keep both alive for ever.
-            saved = None if use.adapter.saved is None else mapped(Tensor.detach, use.adapter.saved(module, output))
-            if len(needed) > 1:
-                # One output may be made of another, as the hidden state of an LSTM cell is of its cell state. What
-                # arrives at the other one would hold that too; at a copy it is the cotangent alone.
-                output = mapped(lambda tensor: tensor.clone() if tensor.requires_grad else tensor, output)
-                results = tensors(output)
-            args, kwargs = mapped(Tensor.detach, args), mapped(Tensor.detach, kwargs)
-            inputs = tensors(args) + tensors(kwargs)
-            if use.adapter.positionwise and all(tensor.ndim and tensor.shape[0] == 1 for tensor in (*results, *inputs)):
-                # One row for all samples (positions, say): broadcast here, so that every sample has its own cotangent.
-                one_each = partial(spread, samples=max(self._current.expected, 1))
-                output, args, kwargs = mapped(one_each, (output, args, kwargs))
-                results, inputs = tensors(output), tensors((args, kwargs))
-            places = [Place(tensor) if tensor.requires_grad else None for tensor in results]
-            call = Record(
-                args,
-                kwargs,
-                inputs=[(tensor, tensor._version) for tensor in inputs],
-                places=places,
-                edges=[],
-                cotangents=[None] * len(results),
-                coupled=use.adapter.couples(module),
-                positionwise=use.adapter.positionwise,
-                saved=saved,
-            )
-            curvature = self._current.armed
+            handed = self._withholding.end(module)
+            if handed:
+                output = rooted(output)
+            if not (handed or current.armed) or not self._listening():
+                return output
+            call, output = recorded(use, module, args, kwargs, output, current.expected)
+            if call is None:
+                return output
+            curvature = current.armed
             # One record serves both where the loss's own rows are the curvature's.
             both = curvature and self.fisher.needs_backward
-            of_loss = call if both or not curvature else replace(call, cotangents=[None] * len(results))
+            of_loss = call if both or not curvature else replace(call, cotangents=[None] * len(call.cotangents))
             followed = curvature and (self._unchecked or not both)  # whether cotangents will be sent there
-            for index, place in enumerate(places):
+            for index, place in enumerate(call.places):
                 if place is not None and (handed or both):
-                    keep = self._keeper(self._current, block, use, of_loss, index)
+                    keep = self._keeper(current, block, use, of_loss, index)
                     place.tensor.register_hook(keep)  # type: ignore[no-untyped-call]  # untyped in torch
                 call.edges.append(None if place is None else place.release(followed))
             if curvature:
-                self._current.records.setdefault(use, []).append(call)
+                current.records.setdefault(use, []).append(call)
             if handed:
-                self._current.withheld.add(use)
+                current.withheld.add(use)
             if handed and not both:
-                self._current.handed.setdefault(use, []).append(of_loss)
+                current.handed.setdefault(use, []).append(of_loss)
             return output
 
         return record

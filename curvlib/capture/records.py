@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvlib.arrays import Deferred
-from curvlib.capture.axes import likely_axis
+from curvlib.capture.axes import likely_axis, spread
 from curvlib.errors import CaptureError
 from curvlib.factors import Factors
 from curvlib.layers import Block, Use
+from curvlib.layers.tree import mapped, tensors
 
-__all__ = ["Edge", "Pass", "Place", "Record"]
+__all__ = ["Edge", "Pass", "Place", "Record", "recorded"]
 
 
 class Place:
@@ -110,6 +112,57 @@ class Record:
         self.arrived(index, [gradient])
         now = self.cotangents[index]
         self.cotangents[index] = now if before is None or now is None else before + now
+
+
+def recorded(
+    use: Use, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, samples: int
+) -> tuple[Record | None, Any]:
+    """Record of a call that has just ended, and the output that it goes on with; no record if it needs no gradient.
+
+    Parameters
+    ----------
+    use, module
+        Use, and its module.
+    args, kwargs, output
+        Of the call.
+    samples
+        Of the pass, by the root module's input.
+    """
+    adapter, results = use.adapter, tensors(output)
+    needed = sum(tensor.requires_grad for tensor in results)
+    if not needed:
+        return None, output
+    # Attached to the graph, whose hooks hold the record, it would keep both alive for ever.
+    saved = None if adapter.saved is None else mapped(Tensor.detach, adapter.saved(module, output))
+    if needed > 1:
+        # One output may be made of another, as the hidden state of an LSTM cell is of its cell state. What arrives at
+        # the other one would hold that too; at a copy it is the cotangent alone.
+        output = mapped(lambda tensor: tensor.clone() if tensor.requires_grad else tensor, output)
+        results = tensors(output)
+    args, kwargs = mapped(Tensor.detach, args), mapped(Tensor.detach, kwargs) if kwargs else {}
+    inputs = tensors(args) + tensors(kwargs) if kwargs else tensors(args)
+    if adapter.positionwise and _single(results[0]) and all(map(_single, (*results, *inputs))):
+        # One row for all samples (positions, say): broadcast here, so that every sample has its own cotangent.
+        one_each = partial(spread, samples=max(samples, 1))
+        output, args, kwargs = mapped(one_each, (output, args, kwargs))
+        results, inputs = tensors(output), tensors((args, kwargs))
+    call = Record(
+        args,
+        kwargs,
+        inputs=[(tensor, tensor._version) for tensor in inputs],
+        places=[Place(tensor) if tensor.requires_grad else None for tensor in results],
+        edges=[],
+        cotangents=[None] * len(results),
+        coupled=adapter.couples(module),
+        positionwise=adapter.positionwise,
+        saved=saved,
+    )
+    return call, output
+
+
+def _single(tensor: Tensor) -> bool:
+    """Whether the first axis has size 1."""
+    return tensor.ndim > 0 and tensor.shape[0] == 1
 
 
 Edge: TypeAlias = tuple[Record, int, GradientEdge]

@@ -12,7 +12,7 @@ from curvlib.factors.dense import Dense
 from curvlib.factors.kronecker import KroneckerLayout, KroneckerPair, KroneckerRows
 from curvlib.factors.plan import BlockPlan
 
-__all__ = ["Scaled"]
+__all__ = ["Scaled", "unscaled"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,3 +144,8 @@ class Scaled(Factors):
 
     def renamed(self, names: Mapping[str, str]) -> Scaled:
         return dataclasses.replace(self, base=self.base.renamed(names))
+
+
+def unscaled(factors: Factors) -> tuple[Factors, float]:
+    """B and the number of J = number · B."""
+    return (factors.base, factors.scale) if type(factors) is Scaled else (factors, 1.0)

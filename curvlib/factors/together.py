@@ -8,7 +8,7 @@ from typing import Any
 from curvlib.arrays import Array, adjoining, alike, matrix_vector, namespace, self_product
 from curvlib.factors.base import Factors
 from curvlib.factors.dense import Dense
-from curvlib.factors.scaled import Scaled
+from curvlib.factors.scaled import unscaled
 
 __all__ = ["covariances", "grams", "rmatvecs"]
 
@@ -49,10 +49,13 @@ def covariances(several: Sequence[Factors]) -> list[Array]:
     return _totals(several, lambda rows: [rows.matrix().T], lambda factors: factors.covariance())
 
 
-def rmatvecs(several: Sequence[Factors], weights: Sequence[Array]) -> list[dict[str, Array]]:
-    """`Factors.rmatvec` of each of several blocks with its weights."""
-    apart = [_unscaled(factors) for factors in several]
-    scaled = [w if scale == 1 else w * scale for w, (_, scale) in zip(weights, apart, strict=True)]
+def rmatvecs(
+    several: Sequence[Factors], weights: Sequence[Array], multiples: Sequence[float] | None = None
+) -> list[dict[str, Array]]:
+    """`Factors.rmatvec` of each of several blocks with its weights, and times its multiple, 1 if None."""
+    apart = [unscaled(factors) for factors in several]
+    numbers = [scale * one for (_, scale), one in zip(apart, multiples or [1.0] * len(apart), strict=True)]
+    scaled = [w if number == 1 else w * number for w, number in zip(weights, numbers, strict=True)]
     sums = [{} if type(base) is Dense else base.rmatvec(w) for (base, _), w in zip(apart, scaled, strict=True)]
     explicit = [
         (place, name, array)
@@ -74,7 +77,7 @@ def _totals(
     multiples: Sequence[float] | None = None,
 ) -> list[Array]:
     """For each block the sum of A Aᵀ over the matrices of its explicit rows, or what other kinds have instead."""
-    apart = [_unscaled(factors) for factors in several]
+    apart = [unscaled(factors) for factors in several]
     explicit = [(place, one) for place, (base, _) in enumerate(apart) if type(base) is Dense for one in matrices(base)]
     totals: list[Any] = [None if type(base) is Dense else otherwise(base) for base, _ in apart]
     for (place, _), product in zip(explicit, _self_products([one for _, one in explicit]), strict=True):
@@ -84,10 +87,6 @@ def _totals(
         if multiple != 1:
             totals[place] *= multiple
     return totals
-
-
-def _unscaled(factors: Factors) -> tuple[Factors, float]:
-    return (factors.base, factors.scale) if type(factors) is Scaled else (factors, 1.0)
 
 
 def _self_products(matrices: Sequence[Array]) -> list[Array]:

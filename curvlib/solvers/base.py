@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from curvlib.arrays import Array, Vector, add_multiple, require_finite
+from curvlib.arrays import Array, Vector, add_multiples, require_finite
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors
 from curvlib.hyperparameters import Checked
@@ -202,19 +202,23 @@ def as_vector(gradient: Gradient) -> Vector:
     return gradient
 
 
-def corrected(vector: Vector, correction: Vector, damping: float) -> dict[str, Array]:
-    """``v / λ + c``: what the identity of Woodbury leaves of a gradient v.
+def corrected(vectors: Sequence[Vector], corrections: Sequence[Vector], damping: float) -> list[dict[str, Array]]:
+    """``v / λ + c``: what the identity of Woodbury leaves of the gradient v of each of several blocks.
 
     Parameters
     ----------
-    vector
-        v, a block vector.
-    correction
-        c, Jᵀ w of weights that the factor −1 / λ is in already; gives its memory to the result.
+    vectors
+        v of each, block vectors.
+    corrections
+        c of each, Jᵀ w of weights that the factor −1 / λ is in already; they give their memory to the result.
     damping
         λ.
     """
-    return {name: add_multiple(value, vector[name], 1 / damping) for name, value in correction.items()}
+    pairs = list(zip(corrections, vectors, strict=True))
+    arrays = [array for correction in corrections for array in correction.values()]
+    others = [vector[name] for correction, vector in pairs for name in correction]
+    made = iter(add_multiples(arrays, others, 1 / damping))
+    return [{name: next(made) for name in correction} for correction in corrections]
 
 
 def sample_space_pays(factors: Factors) -> bool:

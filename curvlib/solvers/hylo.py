@@ -51,7 +51,7 @@ class RowInverse:
         vector = as_vector(gradient)
         check_block(vector, self.rows.shapes)
         weights = self.middle @ self.rows.matvec(vector) / -self.damping
-        return corrected(vector, self.rows.rmatvec(weights), self.damping)
+        return corrected([vector], [self.rows.rmatvec(weights)], self.damping)[0]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from curvlib.arrays import Array, Vector
 from curvlib.factors import Factors
+from curvlib.factors.scaled import unscaled
 from curvlib.factors.together import rmatvecs
 from curvlib.solvers.base import Gradient, as_vector, check_block, corrected, sample_space_pays, together_pays
 
@@ -23,11 +24,15 @@ class Mean:
 
 @dataclass(frozen=True, eq=False)
 class Explicit:
-    """A gradient g that is written out: ``(K + λI) w = J g`` and ``(g − Jᵀ w / n) / λ``."""
+    """A gradient g that is written out: ``(K + λI) w = J g`` and ``(g − Jᵀ w / n) / λ``.
 
-    rows: Factors
+    For J = c · B the number c is put off: ``(K + λI) w = B g`` and ``g / λ + m Bᵀ w`` with m = −c² / (n λ).
+    """
+
+    rows: Factors  # B
     vector: Vector
     damping: float
+    multiple: float  # m
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +71,12 @@ def system(rows: Factors, damping: float, gradient: Gradient, own: bool) -> Syst
         return Combined(rows, gradient, damping)
     vector = as_vector(gradient)
     check_block(vector, rows.shapes)
-    return Explicit(rows, vector, damping)
+    base, scale = unscaled(rows)
+    return Explicit(base, vector, damping, -(scale**2) / (rows.normalizer * damping))
 
 
 def right_hand_side(one: System) -> Array:
-    """Right-hand side of a block's kernel, shape ``(rows,)``."""
+    """Right-hand side of a block's kernel, shape ``(rows,)``; for J = c · B and an explicit gradient, without the c."""
     if isinstance(one, Explicit):
         return one.rows.matvec(one.vector)
     if isinstance(one, Mean):
@@ -81,15 +87,20 @@ def right_hand_side(one: System) -> Array:
 def naturals(systems: Sequence[System], solutions: Sequence[Array]) -> list[dict[str, Array]]:
     """Natural gradient of each block, from the solution w of its kernel."""
     weighted = [(one, w) for one, w in zip(systems, solutions, strict=True) if not isinstance(one, Combined)]
-    weights = [w if isinstance(one, Mean) else w / (-one.rows.normalizer * one.damping) for one, w in weighted]
-    sums = iter(rmatvecs([one.rows for one, _ in weighted], weights))
-    results = []
-    for one, w in zip(systems, solutions, strict=True):
-        if isinstance(one, Mean):
-            results.append(next(sums))
-        elif isinstance(one, Explicit):
-            results.append(corrected(one.vector, next(sums), one.damping))
-        else:
+    multiples = [one.multiple if isinstance(one, Explicit) else 1.0 for one, _ in weighted]
+    sums = iter(rmatvecs([one.rows for one, _ in weighted], [w for _, w in weighted], multiples))
+    results: list[dict[str, Array]] = []
+    explicit: dict[float, list[tuple[int, Vector]]] = {}
+    for place, (one, w) in enumerate(zip(systems, solutions, strict=True)):
+        if isinstance(one, Combined):
             ones = one.gradient.row_weights(1 / (one.gradient.normalizer * one.damping))
             results.append(one.gradient.combined(ones, one.rows, w / (-one.rows.normalizer * one.damping)))
+        else:
+            results.append(next(sums))
+        if isinstance(one, Explicit):
+            explicit.setdefault(one.damping, []).append((place, one.vector))
+    for damping, some in explicit.items():
+        made = corrected([vector for _, vector in some], [results[place] for place, _ in some], damping)
+        for (place, _), natural in zip(some, made, strict=True):
+            results[place] = natural
     return results

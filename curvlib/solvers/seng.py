@@ -190,7 +190,7 @@ class SENG(Solver):
         check_block(vector, shapes)
         products = rows.matvec(vector) if sketch is None else sketch.products(vector, shapes)
         weights = cholesky_solve(inverse.factor, products) / (-rows.normalizer * inverse.damping)
-        return corrected(vector, rows.rmatvec(weights), inverse.damping)
+        return corrected([vector], [rows.rmatvec(weights)], inverse.damping)[0]
 
 
 def _columns(factors: Factors, index: Array) -> Array:

@@ -120,7 +120,8 @@ def test_a_multiple_of_another_array_is_added(library, shape):
     expected, found = one + 0.3 * other, []
     for left in (np.ascontiguousarray(one), np.asfortranarray(one)):
         for right in (np.ascontiguousarray(other), np.asfortranarray(other)):
-            found.append(read(arrays.add_multiple(make(left.copy(order="K")), make(right), 0.3)))
+            (total,) = arrays.add_multiples([make(left.copy(order="K"))], [make(right)], 0.3)
+            found.append(read(total))
             np.testing.assert_allclose(found[-1], expected, rtol=1e-14, atol=1e-14)
     for layout in found[1:]:
         np.testing.assert_array_equal(layout, found[0])  # to the bit

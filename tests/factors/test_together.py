@@ -50,6 +50,11 @@ def test_sums_of_weighted_rows_are_those_of_the_dense_rows(library):
         expected = factors.dense().rmatvec(one)
         for name, array in total.items():
             close(array, expected[name])
+    for expected, total in zip(
+        rmatvecs(several, weights), rmatvecs(several, weights, [-0.5] * len(several)), strict=True
+    ):
+        for name, array in total.items():
+            close(array, -0.5 * expected[name])
 
 
 @pytest.mark.parametrize("together", [True, False])

@@ -181,6 +181,57 @@ def test_a_forward_pass_that_fails_leaves_parameters_trainable():
     assert all(p.requires_grad for p in model.parameters())
 
 
+class Retrying(nn.Module):
+    """Tries its layer on what does not fit before it gives it what does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(20, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        try:
+            self.first(x[:, :-1])
+        except RuntimeError:
+            hidden = self.first(x)
+        return self.second(hidden.relu())
+
+
+def test_a_module_that_fails_inside_the_model_and_is_called_again():
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model, (_, xs, ys) = Retrying().double(), problem("perceptron")
+        train(model, xs, ys, fisher=Empirical(), solver=Woodbury(), damping=0.1, fused=fused)
+        assert all(p.requires_grad for p in model.parameters())
+        results.append(model.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("first", [False, True], ids=["hook after", "hook first"])
+def test_what_a_hook_of_the_user_makes_of_an_output_is_part_of_the_graph(first, fused):
+    (model, xs, ys), damping = problem("perceptron"), 0.1
+
+    def hook(module, args, output):
+        return 2 * output + args[0].mean(1, keepdim=True)
+
+    if first:
+        model[2].register_forward_hook(hook)
+    optimizer = curvlib.compose(model, fisher=Empirical(), solver=Woodbury(), damping=damping, lr=1.0, fused=fused)
+    if not first:
+        model[2].register_forward_hook(hook)
+    weight = model[2].weight
+    losses = functional.cross_entropy(model(xs[0]), ys[0], reduction="none")
+    J = torch.stack([torch.autograd.grad(loss, weight, retain_graph=True)[0].reshape(-1) for loss in losses])
+    before, eye = weight.detach().clone(), torch.eye(J.shape[1], dtype=J.dtype)
+    truth = torch.linalg.solve(J.T @ J / len(J) + damping * eye, J.mean(0)).view_as(weight)
+    optimizer.zero_grad()
+    functional.cross_entropy(model(xs[0]), ys[0]).backward()
+    optimizer.step()
+    torch.testing.assert_close(before - weight.detach(), truth, rtol=1e-9, atol=1e-12)
+
+
 def test_a_module_called_outside_the_model_adds_its_own_gradient():
     finals = []
     for fused in (False, True):
