@@ -8,7 +8,7 @@ from torch.nn import functional
 
 import curvlib
 from curvlib import Empirical, Exact, Gaussian, Momentum, Sampled, WeightDecay, Woodbury, arrays, compose
-from curvlib.arrays import torch_kernels
+from curvlib.arrays import torch_decompositions
 from curvlib.precond import GradientClip, Graft, KLClip, NormConstraint, PureStep, TrustRatio
 from curvlib.precond.deferral import Later, Verdict
 from curvlib.precond.deferring import Deferring
@@ -168,7 +168,7 @@ def test_eigendecompositions_alone_are_waited_for(name, reads):
     assert found(reads, {"solver": EIGEN[name]}, 100) == []
     files = {line.split(" at ")[1].split(":")[0] for line in found(reads, {"solver": EIGEN[name]}, 1)}
     truncation = {"/factors/lowrank.py"} if name == "low rank" else set()  # how much is kept decides a shape
-    assert files == {"/arrays/torch_kernels.py", "/arrays/linalg.py"} | truncation
+    assert files == {"/arrays/torch_decompositions.py", "/arrays/linalg.py"} | truncation
 
 
 def test_what_reads_is_seen(reads):
@@ -223,10 +223,10 @@ def test_a_verdict_travels_in_the_background(monkeypatch):
 
 @pytest.mark.parametrize("rows", [3, 512], ids=["a call each", "all at once"])
 def test_several_systems_are_solved_without_magma(rows, monkeypatch):
-    monkeypatch.setattr(torch_kernels, "_TOGETHER_UP_TO", rows)
+    monkeypatch.setattr(torch_decompositions, "_TOGETHER_UP_TO", rows)
     square, rhs = torch.randn(4, 2, 6, 9, dtype=torch.float64), torch.randn(4, 2, 6, 5, dtype=torch.float64)
     matrices = square @ square.mT
-    found = torch_kernels._solved_together(torch.linalg.cholesky(matrices), rhs)
+    found = torch_decompositions._solved_together(torch.linalg.cholesky(matrices), rhs)
     torch.testing.assert_close(found, torch.linalg.solve(matrices, rhs), rtol=1e-10, atol=1e-10)
 
 
