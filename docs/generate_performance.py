@@ -89,7 +89,10 @@ EKFAC's inverses of small layers are applied to all of them at once, and a singl
 thread. Explicit rows of equal shape from 1 to 8 MiB are made as parts of one tensor, once a step has asked for several
 of them (`curvlib.arrays.Buffers`): then one call makes the Grams of all, a thread for each, and another their weighted
 sums. Twelve Grams of a transformer's Linear layers at batch 32 take 8.4 instead of 11 ms. A product of a part has the
-same bits as that of the same rows by themselves, so that a run that is resumed goes on as it was.
+same bits as that of the same rows by themselves, so that a run that is resumed goes on as it was. Updates, momentum and
+corrections of tensors of 2^15 to 2^18 elements are made piece by piece, so that none of them wakes a thread
+(`curvlib.arrays.in_pieces`): 27 instead of 76 µs for 65 536 elements. Momentum and a correction read and write memory
+once.
 
 **Memory.** Rows of the loss itself that are kept explicitly are made inside backward, as soon as a layer's cotangent is
 there; input and cotangent then go, layer by layer, as they do without curvature. What stays above SGD's peak are the
