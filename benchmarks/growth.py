@@ -229,12 +229,13 @@ def main():
     console.print("memory")
     entries = memory_entries(args.threads)  # first, while this process has no threads yet
     torch.set_num_threads(args.threads)
-    console.print("growth")
     results = {"environment": {**circumstances(args.provisional), "rounds": args.rounds}}
-    results["growth"] = time_entries(args.rounds) + entries
-    console.print("roofline and inversion")
-    results["roofline"] = anatomy.roofline(args.rounds)
+    console.print("inversion")  # before a heap of other work is collected now and then
     results["inversion"] = anatomy.inversion(args.rounds)
+    console.print("growth")
+    results["growth"] = time_entries(args.rounds) + entries
+    console.print("roofline")
+    results["roofline"] = anatomy.roofline(args.rounds)
     console.print("anatomy")
     results["anatomy"] = {name: anatomy.split(name, args.rounds) for name in anatomy.WORKLOADS}
     write(args.out / "growth.json", results)

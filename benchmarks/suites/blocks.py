@@ -122,14 +122,19 @@ def synchronize(place):
         torch.cuda.synchronize()
 
 
-def in_turns(*functions, rounds=15):
-    """Median seconds of each, taken in turns, so that all see the same machine."""
+def in_turns(*functions, rounds=15, seconds=0.1):
+    """Median seconds of each, taken in turns, so that all see the same machine.
+
+    There are so many rounds at least, and so many as take this time: the first of short ones are slower than the rest.
+    """
     for function in functions:
         function()
     times = [[] for _ in functions]
-    for _ in range(rounds):
+    start, done = perf_counter(), 0
+    while done < rounds or perf_counter() - start < seconds:
         for function, mine in zip(functions, times, strict=True):
             begin = perf_counter()
             function()
             mine.append(perf_counter() - begin)
+        done += 1
     return [median(mine) for mine in times]
