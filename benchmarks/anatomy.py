@@ -60,7 +60,7 @@ def inversion(rounds, count=20):
         network = Network()
         network.setup(n, count)
         timed = network.time_inversion, network.time_calls, network.time_lapack
-        own, calls, lapack = (1e3 * seconds for seconds in in_turns(*timed, rounds=rounds))
+        own, calls, lapack = (1e3 * seconds for seconds in in_turns(*timed, rounds=rounds, seconds=0.5))
         times = {"ms": own, "calls_ms": calls, "lapack_ms": lapack}
         result.append({"n": n, "blocks": count, **times, "ratio": own / lapack, "calls_ratio": calls / lapack})
     return result
