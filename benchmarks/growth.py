@@ -230,7 +230,7 @@ def main():
     entries = memory_entries(args.threads)  # first, while this process has no threads yet
     torch.set_num_threads(args.threads)
     results = {"environment": {**circumstances(args.provisional), "rounds": args.rounds}}
-    console.print("inversion")  # before a heap of other work is collected now and then
+    console.print("inversion")  # the shortest calls, before other work
     results["inversion"] = anatomy.inversion(args.rounds)
     console.print("growth")
     results["growth"] = time_entries(args.rounds) + entries

@@ -27,17 +27,14 @@ def in_pieces(*several: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
     Returns
     -------
     tuple
-        A list for each. How a tensor is cut depends on its shape and on whether all of its place lie in a row.
+        A list for each. A tensor is cut if its shape is of middle size, and if it and all in its place are contiguous.
     """
     cut: tuple[list[Tensor], ...] = tuple([] for _ in several)
     compiled = is_compiling()
     for row in zip(*several, strict=True):
         first = row[0]
         middle = not compiled and _ALONE < first.numel() < _WORTH_WAKING and first.is_cpu
-        if middle and all(one.is_contiguous() for one in row):
-            for pieces, one in zip(cut, row, strict=True):
-                pieces += one.view(-1).split(_ALONE)
-        else:
-            for pieces, one in zip(cut, row, strict=True):
-                pieces.append(one)
+        several_views = middle and all(one.is_contiguous() for one in row)
+        for pieces, one in zip(cut, row, strict=True):
+            pieces += one.view(-1).split(_ALONE) if several_views else [one]
     return cut

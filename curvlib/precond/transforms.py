@@ -299,7 +299,7 @@ class Momentum(Transform):
 
     def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
         momentum, decays = buffers["momentum"], context.option("momentum", self.decay)
-        _average(momentum, directions, decays)
+        _decayed_sum(momentum, directions, decays)
         if self.nesterov:
             return _foreach_sum(directions, momentum, decays)
         return momentum
@@ -332,7 +332,7 @@ class WeightDecay(Transform):
         return _foreach_sum(directions, context.parameters, rates) if any(rates) else directions
 
 
-def _average(totals: list[Tensor], addends: list[Tensor], decays: list[float]) -> None:
+def _decayed_sum(totals: list[Tensor], addends: list[Tensor], decays: list[float]) -> None:
     """``total ← decay · total + addend``, on a CPU in one pass over memory instead of two."""
     several = len(set(decays)) > 1 or is_compiling() or not all(total.is_cpu for total in totals)
     if several or any(tensor.requires_grad for tensor in (*totals, *addends)):

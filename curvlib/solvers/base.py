@@ -214,9 +214,8 @@ def corrected(vectors: Sequence[Vector], corrections: Sequence[Vector], damping:
     damping
         λ.
     """
-    pairs = list(zip(corrections, vectors, strict=True))
     arrays = [array for correction in corrections for array in correction.values()]
-    others = [vector[name] for correction, vector in pairs for name in correction]
+    others = [vector[name] for vector, correction in zip(vectors, corrections, strict=True) for name in correction]
     made = iter(add_multiples(arrays, others, 1 / damping))
     return [{name: next(made) for name in correction} for correction in corrections]
 

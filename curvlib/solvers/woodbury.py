@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,14 +97,11 @@ class Woodbury(Solver):
     def update_all(self, estimates: Sequence[Any], factors: Sequence[Factors]) -> list[Any]:
         if type(self).update is not Woodbury.update:
             return super().update_all(estimates, factors)
-        small = [place for place, rows in enumerate(factors) if rows.size <= len(rows)]
-        large = [place for place in range(len(factors)) if place not in small]
-        results: list[Any] = [None] * len(factors)
-        covariances = Dense().update_all([None] * len(small), [factors[place] for place in small])
-        made = zip([*small, *large], [*covariances, *self._estimates([factors[p] for p in large])], strict=True)
-        for place, estimate in made:
-            results[place] = estimate
-        return results
+        return _apart(
+            [rows.size <= len(rows) for rows in factors],
+            lambda some: Dense().update_all([None] * len(some), [factors[place] for place in some]),
+            lambda some: self._estimates([factors[place] for place in some]),
+        )
 
     def _estimates(self, several: Sequence[Factors]) -> list[WoodburyEstimate]:
         """Estimates of blocks with more parameters than rows."""
@@ -127,18 +124,18 @@ class Woodbury(Solver):
     def factorize_all(self, estimates: Sequence[Any], dampings: Sequence[float]) -> list[Any]:
         if type(self).factorize is not Woodbury.factorize:
             return super().factorize_all(estimates, dampings)
-        inverses: list[Any] = [None] * len(estimates)
-        small = [place for place, estimate in enumerate(estimates) if isinstance(estimate, Covariance)]
-        if small:
-            explicit = Dense().factorize_all([estimates[p] for p in small], [dampings[p] for p in small])
-            for place, inverse in zip(small, explicit, strict=True):
-                inverses[place] = inverse
-        # Kernels of all blocks have the size of the batch, so that most are of one size.
-        large = [place for place, inverse in enumerate(inverses) if inverse is None]
-        factors = cholesky_factors([estimates[p].kernel for p in large], [dampings[p] for p in large])
-        for place, factor in zip(large, factors, strict=True):
-            inverses[place] = WoodburyInverse(estimates[place].factors, factor, float(dampings[place]))
-        return inverses
+
+        def inverted(some: list[int]) -> list[Any]:
+            # Kernels of all blocks have the size of the batch, so that most are of one size.
+            factors = cholesky_factors([estimates[p].kernel for p in some], [dampings[p] for p in some])
+            pairs = zip(some, factors, strict=True)
+            return [WoodburyInverse(estimates[p].factors, factor, float(dampings[p])) for p, factor in pairs]
+
+        return _apart(
+            [isinstance(estimate, Covariance) for estimate in estimates],
+            lambda some: Dense().factorize_all([estimates[p] for p in some], [dampings[p] for p in some]),
+            inverted,
+        )
 
     def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
         if not self.exact or factors.size <= len(factors):
@@ -153,14 +150,11 @@ class Woodbury(Solver):
     def solve_all(self, inverses: Sequence[Any], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
         if type(self).solve is not Woodbury.solve:
             return super().solve_all(inverses, gradients)
-        results: list[Any] = [None] * len(inverses)
-        small = [place for place, inverse in enumerate(inverses) if isinstance(inverse, DenseInverse)]
-        large = [place for place in range(len(inverses)) if place not in small]
-        for places, solve in ((small, Dense().solve_all), (large, self._solved)):
-            made = solve([inverses[place] for place in places], [gradients[place] for place in places])
-            for place, natural in zip(places, made, strict=True):
-                results[place] = natural
-        return results
+        return _apart(
+            [isinstance(inverse, DenseInverse) for inverse in inverses],
+            lambda some: Dense().solve_all([inverses[p] for p in some], [gradients[p] for p in some]),
+            lambda some: self._solved([inverses[p] for p in some], [gradients[p] for p in some]),
+        )
 
     def _solved(self, inverses: Sequence[WoodburyInverse], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
         systems = [
@@ -169,3 +163,15 @@ class Woodbury(Solver):
         ]
         factors = [inverse.factor for inverse in inverses]
         return naturals(systems, kernel_solutions(factors, [right_hand_side(one) for one in systems]))
+
+
+def _apart(
+    small: Sequence[bool], explicit: Callable[[list[int]], list[Any]], kernels: Callable[[list[int]], list[Any]]
+) -> list[Any]:
+    """Results of all blocks, those of small ones through their covariances, from the places of either kind."""
+    results: list[Any] = [None] * len(small)
+    for made, kind in ((explicit, True), (kernels, False)):
+        places = [place for place, one in enumerate(small) if one is kind]
+        for place, result in zip(places, made(places) if places else [], strict=True):
+            results[place] = result
+    return results
