@@ -137,7 +137,7 @@ would reach otherwise. A Cholesky factorisation is counted as n³/3.
 The time to factorise and solve for all of a network's blocks, against LAPACK's Cholesky and triangular solves alone
 on the same matrices (batched, damped beforehand). At most 1/0.6 = 1.67 is asked for. Between the two, the calls that
 separate matrices of several blocks need: put together, damped, factorised, looked at for a failure, taken apart,
-solved with. What is left is Python, 3 µs a block. Up to 64 rows, and 2²⁰ multiply-adds in all, NumPy's routine
+solved with. What is left is Python, 3 µs a block. Up to 128 rows SciPy's routine
 factorises: torch's wakes all threads to clear the upper triangles, which takes longer than the factorisation.
 
 {inversion}

@@ -17,8 +17,10 @@ from curvlib.arrays.linalg import (
     matrix_vector,
     qr,
     require_finite,
+    scaled_rows,
     self_product,
     side_by_side,
+    small_factors,
     stacked,
     trace,
     triangular_solve,
@@ -26,6 +28,7 @@ from curvlib.arrays.linalg import (
 )
 from curvlib.arrays.namespace import Array, Vector, contract, device, dot, kernels, namespace, nbytes, same
 from curvlib.arrays.pieces import in_pieces
+from curvlib.arrays.products import Product, evaluated
 from curvlib.arrays.state import TRANSIENT, altered, map_arrays, pack, record, unpack
 
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "Array",
     "Buffers",
     "Deferred",
+    "Product",
     "Vector",
     "add_diagonal",
     "add_multiples",
@@ -48,6 +52,7 @@ __all__ = [
     "dot",
     "eigh",
     "equal_pairs",
+    "evaluated",
     "hadamard_gram",
     "in_pieces",
     "index_add",
@@ -63,8 +68,10 @@ __all__ = [
     "require",
     "require_finite",
     "same",
+    "scaled_rows",
     "self_product",
     "side_by_side",
+    "small_factors",
     "stacked",
     "trace",
     "triangular_solve",

@@ -31,8 +31,10 @@ __all__ = [
     "matrix_vector",
     "positions",
     "qr",
+    "scaled_rows",
     "self_product",
     "side_by_side",
+    "small_factors",
     "triangular_solve",
 ]
 
@@ -118,6 +120,11 @@ def add_multiples(arrays: Sequence[Array], others: Sequence[Array], multiple: fl
     return list(arrays)
 
 
+def scaled_rows(matrix: Array, weights: Array) -> Array:
+    """Each row of A times its weight."""
+    return matrix * weights[:, None]
+
+
 def matrix_vector(matrix: Array, vector: Array) -> Array:
     """A v; BLAS's gemv shares it out itself."""
     return matrix @ vector
@@ -171,3 +178,8 @@ def side_by_side(
 ) -> list[Any]:
     """``function(*one)`` for each of the arguments, one after the other."""
     return [function(*one) for one in arguments]
+
+
+def small_factors(matrices: Sequence[Array], dampings: Sequence[float]) -> list[Array] | None:
+    """None: there is no better routine for small matrices."""
+    return None

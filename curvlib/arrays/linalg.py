@@ -24,8 +24,10 @@ __all__ = [
     "matrix_vector",
     "qr",
     "require_finite",
+    "scaled_rows",
     "self_product",
     "side_by_side",
+    "small_factors",
     "stacked",
     "trace",
     "triangular_solve",
@@ -63,6 +65,14 @@ def cholesky(matrix: Array) -> Array:
     if good is not True:
         require(good, partial(_not_positive_definite, tuple(matrix.shape), matrix.dtype))
     return factor
+
+
+def small_factors(matrices: Sequence[Array], dampings: Sequence[float]) -> list[Array] | None:
+    """Lower Cholesky factors of ``matrix + damping · identity`` for symmetric matrices of one shape, ``(n, n)``.
+
+    None where the library has no better routine for so small ones, or where one of them fails: `cholesky` says why.
+    """
+    return kernels(matrices[0]).small_factors(matrices, dampings)  # type: ignore[no-any-return]  # found at run time
 
 
 def _not_positive_definite(shape: tuple[int, ...], dtype: Any) -> str:
@@ -165,6 +175,11 @@ def add_multiples(arrays: Sequence[Array], others: Sequence[Array], multiple: fl
     The same bits however the arguments are laid out.
     """
     return kernels(arrays[0]).add_multiples(arrays, others, multiple)  # type: ignore[no-any-return]  # found at run time
+
+
+def scaled_rows(matrix: Array, weights: Array) -> Array:
+    """Each row of a matrix of shape ``(n, d)`` times its weight, shape ``(n,)``."""
+    return kernels(matrix).scaled_rows(matrix, weights)
 
 
 def matrix_vector(matrix: Array, vector: Array) -> Array:

@@ -6,15 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-
-from curvlib.errors import ConfigurationError
-
-try:
-    from scipy import linalg, sparse
-except ImportError as error:
-    raise ConfigurationError(
-        "NumPy arrays need SciPy beside NumPy, for triangular solves: pip install 'curvlib[numpy]'"
-    ) from error
+from scipy import linalg, sparse
 
 __all__ = [
     "FAILURES",
@@ -31,8 +23,10 @@ __all__ = [
     "matrix_vector",
     "positions",
     "qr",
+    "scaled_rows",
     "self_product",
     "side_by_side",
+    "small_factors",
     "triangular_solve",
 ]
 
@@ -111,6 +105,11 @@ def add_multiples(arrays: Sequence[Array], others: Sequence[Array], multiple: fl
     return list(arrays)
 
 
+def scaled_rows(matrix: Array, weights: Array) -> Array:
+    """Each row of A times its weight."""
+    return matrix * weights[:, None]
+
+
 def matrix_vector(matrix: Array, vector: Array) -> Array:
     """A v; BLAS's gemv shares it out itself."""
     return matrix @ vector
@@ -154,3 +153,8 @@ def side_by_side(
 ) -> list[Any]:
     """``function(*one)`` for each of the arguments, one after the other."""
     return [function(*one) for one in arguments]
+
+
+def small_factors(matrices: Sequence[Array], dampings: Sequence[float]) -> list[Array] | None:
+    """None: there is no better routine for small matrices."""
+    return None

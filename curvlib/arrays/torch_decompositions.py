@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -21,14 +22,20 @@ __all__ = [
     "eigh",
     "qr",
     "side_by_side",
+    "small_factors",
     "triangular_solve",
 ]
 
 FAILURES = (torch.linalg.LinAlgError,)  # type: ignore[attr-defined]  # its stub forgets the name
 """What a routine raises for a matrix that it cannot decompose."""
 
-_WOKEN_FOR, _WOKEN_FOR_ALL = 64, 2**20
-"""Width of matrices, and multiply-adds of all of them, whose Cholesky factors are there before a thread has woken."""
+_ROUTINES = {torch.float32: lapack.spotrf, torch.float64: lapack.dpotrf}
+
+_WOKEN_FOR = 128
+"""Width of matrices whose Cholesky factors are there before a thread has woken, on a CPU."""
+
+_COPIED_ALONE = 1 << 15
+"""Elements up to which torch copies with one thread."""
 
 _WORTH_THREADS = 2e7
 """Sum of cubed widths of Cholesky factorisations from which threads of their own make up for their making, on a CPU."""
@@ -42,8 +49,10 @@ _TOGETHER_UP_TO = 512
 
 def cholesky(matrix: Tensor, wait: bool) -> tuple[Tensor, bool | Tensor]:
     """Lower factor, and whether it is one: a bool, or where nobody waits for the device, a tensor on it."""
-    if (small := _small_factor(matrix)) is not None:
-        return small, True if wait else torch.ones((), dtype=torch.bool)
+    if _is_small(matrix):
+        factor = _by_columns(matrix.shape, matrix).copy_(matrix.mT)  # the same, as they lie
+        if _factorized(factor.mT.view(-1, *matrix.shape[-2:]).numpy()):
+            return factor, True if wait else torch.ones((), dtype=torch.bool)
     factor, info = torch.linalg.cholesky_ex(matrix)
     # LAPACK lets NaN through without a word; one anywhere in a row reaches the diagonal below it. A diagonal of square
     # roots does not overflow when it is summed.
@@ -54,23 +63,51 @@ def cholesky(matrix: Tensor, wait: bool) -> tuple[Tensor, bool | Tensor]:
     return factor, bool(good) if wait else good
 
 
-def _small_factor(matrix: Tensor) -> Tensor | None:
-    """Lower factor of small matrices on a CPU by NumPy's routine; None where that is not the faster one, or it failed.
+def small_factors(matrices: Sequence[Tensor], dampings: Sequence[float]) -> list[Tensor] | None:
+    """Lower factors of ``matrix + damping · identity`` for small matrices of one shape; None if `cholesky` is to do it.
+
+    Which it is where a stack of them is small too: here every matrix is copied by itself, so that no thread is woken.
+    """
+    count, n = len(matrices), matrices[0].shape[-1]
+    if count * n * n <= _COPIED_ALONE or not all(map(_is_small, matrices)):
+        return None
+    stack = _by_columns((count, n, n), matrices[0])
+    arrays = stack.mT.numpy()
+    for array, matrix in zip(arrays, matrices, strict=True):
+        array[:] = matrix.numpy()
+    arrays.reshape(count, -1)[:, :: n + 1] += np.asarray(dampings, dtype=arrays.dtype)[:, None]
+    return list(stack.unbind()) if _factorized(arrays) else None
+
+
+def _by_columns(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Memory for matrices, shape ``(..., n, n)``, whose columns lie in a row, as LAPACK leaves factors."""
+    *batch, n, _ = shape
+    strides = [math.prod(shape[place + 1 :]) for place in range(len(batch))]
+    return torch.empty_strided(tuple(shape), (*strides, 1, n), dtype=like.dtype)
+
+
+def _is_small(matrix: Tensor) -> bool:
+    """Whether SciPy's routine for one matrix is the faster one.
 
     Torch's wakes all threads to clear what is above the diagonal, which takes longer than the factorisation.
     """
-    width = matrix.shape[-1]
-    small = width <= _WOKEN_FOR and matrix.numel() * width <= _WOKEN_FOR_ALL and matrix.device.type == "cpu"
-    if not small or type(matrix) is not Tensor or matrix.requires_grad or is_compiling():
-        return None
-    if torch._C._len_torch_dispatch_stack():  # who watches torch's operations, to count them say, would miss this one
-        return None
-    try:
-        # Copied: NumPy's memory may begin inside a line of the cache, and kernels round by where operands begin.
-        factor = torch.from_numpy(np.linalg.cholesky(matrix.numpy())).clone()
-    except (np.linalg.LinAlgError, RuntimeError, TypeError):  # torch's own routine says what is wrong
-        return None
-    return factor if math.isfinite(factor.diagonal(dim1=-2, dim2=-1).sum()) else None
+    if matrix.shape[-1] > _WOKEN_FOR or matrix.device.type != "cpu" or matrix.dtype not in _ROUTINES:
+        return False
+    if type(matrix) is not Tensor or matrix.requires_grad or is_compiling():
+        return False
+    # Who watches torch's operations, to count them say, would miss this one; inside torch.func there is no memory.
+    return not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+
+
+def _factorized(arrays: Any) -> bool:
+    """Put the transposed lower factor in place of each symmetric matrix, and tell whether all of them have one."""
+    potrf = _ROUTINES[torch.from_numpy(arrays).dtype]
+    for array in arrays:
+        _, info = potrf(array.T, lower=1, clean=1, overwrite_a=1)
+        if info:
+            return False
+    # LAPACK lets NaN through without a word; one anywhere in a row reaches the diagonal below it.
+    return math.isfinite(arrays.diagonal(axis1=1, axis2=2).sum())
 
 
 def cholesky_inverse(factor: Tensor) -> Tensor:
@@ -86,7 +123,8 @@ def cholesky_solve(factor: Tensor, rhs: Tensor) -> Tensor:
     if factor.is_cuda and factor.shape[:-2].numel() > 1:
         return _solved_together(factor, rhs)
     if rhs.shape[-1] == 1 and factor.device.type == "cpu":
-        # The routine for both would copy the factor first.
+        # The routine for both would copy the factor first. Loaded ones lie in rows, from which others round otherwise.
+        factor = factor if factor.stride(-2) == 1 else factor.mT.contiguous().mT
         return triangular_solve(factor, triangular_solve(factor, rhs, False), True)
     return torch.cholesky_solve(rhs, factor)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from curvlib.arrays.buffers import SIDE_BY_SIDE
-from curvlib.arrays.pieces import in_pieces
+from curvlib.arrays.pieces import in_pieces, rows_in_pieces
 from curvlib.arrays.torch_decompositions import (
     FAILURES,
     cholesky,
@@ -19,6 +19,7 @@ from curvlib.arrays.torch_decompositions import (
     eigh,
     qr,
     side_by_side,
+    small_factors,
     triangular_solve,
 )
 
@@ -38,8 +39,10 @@ __all__ = [
     "matrix_vector",
     "positions",
     "qr",
+    "scaled_rows",
     "self_product",
     "side_by_side",
+    "small_factors",
     "triangular_solve",
 ]
 
@@ -75,6 +78,17 @@ def add_multiples(arrays: Sequence[Tensor], others: Sequence[Tensor], multiple: 
     for piece, addend in zip(*in_pieces(totals, [other.contiguous() for other in others]), strict=True):
         piece.add_(addend, alpha=multiple)
     return totals
+
+
+def scaled_rows(matrix: Tensor, weights: Tensor) -> Tensor:
+    """Each row of A times its weight."""
+    n, step, column = len(matrix), rows_in_pieces(matrix), weights[:, None]
+    if step >= n or matrix.requires_grad or weights.requires_grad:
+        return matrix * column
+    result = torch.empty_like(matrix)
+    for piece in (slice(start, start + step) for start in range(0, n, step)):
+        torch.mul(matrix[piece], column[piece], out=result[piece])
+    return result
 
 
 def _by_matrix(value: Tensor | float) -> Tensor | float:

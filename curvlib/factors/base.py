@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import Self
 
-from curvlib.arrays import Array, Vector, altered, device, map_arrays, namespace, nbytes, record
+from curvlib.arrays import Array, Product, Vector, altered, device, map_arrays, namespace, nbytes, record
 from curvlib.errors import ConfigurationError
 from curvlib.factors.kronecker import KroneckerLayout, KroneckerPair, KroneckerRows, rotated_row_squares
 
@@ -119,6 +119,10 @@ class Factors(ABC):
     def rmatvec(self, weights: Array) -> dict[str, Array]:
         """Jᵀ w, a block vector of new arrays, for row weights w of shape ``(rows,)``."""
         return self.dense().rmatvec(weights)
+
+    def rmatvec_lazily(self, weights: Array) -> dict[str, Array | Product]:
+        """`rmatvec`, a parameter's part of which may be left as a product of two matrices."""
+        return dict(self.rmatvec(weights))
 
     def combined(self, weights: Array, other: Factors, other_weights: Array) -> dict[str, Array]:
         """Jᵀ w + Oᵀ u for other Factors O of the same block and their row weights u."""

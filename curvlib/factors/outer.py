@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from curvlib.arrays import (
     TRANSIENT,
     Array,
+    Product,
     Vector,
     contract,
+    evaluated,
     hadamard_gram,
     matrix_vector,
     namespace,
     same,
+    scaled_rows,
     self_product,
 )
 from curvlib.errors import ConfigurationError
@@ -152,9 +155,16 @@ class OuterProduct(Factors):
         return (self.cotangents * outputs[:, None, :]).sum(axis=-1).reshape(-1)
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:
-        weight = {} if self.weight is None else {self.weight: self._weighted(weights).T @ self.inputs}
-        bias = {} if self.bias is None else {self.bias: self._summed(weights)}
-        return weight | bias
+        lazily = self.rmatvec_lazily(weights)
+        return dict(zip(lazily, evaluated(lazily.values()), strict=True))
+
+    def rmatvec_lazily(self, weights: Array) -> dict[str, Array | Product]:
+        result: dict[str, Array | Product] = {}
+        if self.weight is not None:
+            result[self.weight] = Product(self._weighted(weights).T, self.inputs)
+        if self.bias is not None:
+            result[self.bias] = self._summed(weights)
+        return result
 
     def combined(self, weights: Array, other: Factors, other_weights: Array) -> dict[str, Array]:
         if isinstance(other, Scaled):
@@ -173,7 +183,7 @@ class OuterProduct(Factors):
     def _weighted(self, weights: Array) -> Array:
         """Cotangents, each column times its row's weight, summed over columns."""
         columns = self.cotangents.shape[1]
-        weighted = self._flat_cotangents() * weights[:, None]
+        weighted = scaled_rows(self._flat_cotangents(), weights)
         return weighted.reshape(self.cotangents.shape).sum(axis=1) if columns > 1 else weighted
 
     def _summed(self, weights: Array) -> Array:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from curvlib.arrays import Array, adjoining, alike, matrix_vector, namespace, self_product
+from curvlib.arrays import Array, Product, adjoining, alike, evaluated, matrix_vector, namespace, self_product
 from curvlib.factors.base import Factors
 from curvlib.factors.dense import Dense
 from curvlib.factors.scaled import unscaled
 
-__all__ = ["covariances", "grams", "rmatvecs"]
+__all__ = ["covariances", "grams", "rmatvecs", "rmatvecs_lazily"]
 
 _SMALL = 1 << 15
 """Elements up to which copying matrices together costs less than a call for each."""
@@ -53,10 +53,18 @@ def rmatvecs(
     several: Sequence[Factors], weights: Sequence[Array], multiples: Sequence[float] | None = None
 ) -> list[dict[str, Array]]:
     """`Factors.rmatvec` of each of several blocks with its weights, and times its multiple, 1 if None."""
+    sums = rmatvecs_lazily(several, weights, multiples)
+    return [dict(zip(one, evaluated(one.values()), strict=True)) for one in sums]
+
+
+def rmatvecs_lazily(
+    several: Sequence[Factors], weights: Sequence[Array], multiples: Sequence[float] | None = None
+) -> list[dict[str, Array | Product]]:
+    """`rmatvecs` by `Factors.rmatvec_lazily`."""
     apart = [unscaled(factors) for factors in several]
     numbers = [scale * one for (_, scale), one in zip(apart, multiples or [1.0] * len(apart), strict=True)]
     scaled = [w if number == 1 else w * number for w, number in zip(weights, numbers, strict=True)]
-    sums = [{} if type(base) is Dense else base.rmatvec(w) for (base, _), w in zip(apart, scaled, strict=True)]
+    sums = [{} if type(base) is Dense else base.rmatvec_lazily(w) for (base, _), w in zip(apart, scaled, strict=True)]
     explicit = [
         (place, name, array)
         for place, (base, _) in enumerate(apart)

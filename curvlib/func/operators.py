@@ -9,6 +9,8 @@ from functools import cached_property
 from typing import Any
 
 import array_api_compat
+import numpy as np
+from scipy.sparse.linalg import LinearOperator
 
 from curvlib.arrays import Array, Vector, add_diagonal, cholesky, device, namespace
 from curvlib.errors import ConfigurationError
@@ -165,13 +167,7 @@ class Jacobian:
         return self.matvec(vector)
 
     def scipy(self) -> Any:
-        """Return this operator as a `scipy.sparse.linalg.LinearOperator`.
-
-        Raises
-        ------
-        ConfigurationError
-            If SciPy is not installed.
-        """
+        """Return this operator as a `scipy.sparse.linalg.LinearOperator`."""
         return scipy_operator(self.shape, self.factors, self.matvec, self.rmatvec)
 
 
@@ -218,21 +214,15 @@ def scipy_operator(
     shape: tuple[int, int], factors: Factors, forward: Callable[[Array], Array], backward: Callable[[Array], Array]
 ) -> Any:
     """SciPy's operator around products in the library, dtype and device of the factors' arrays."""
-    try:
-        from scipy.sparse.linalg import LinearOperator
-    except ImportError as error:
-        raise ConfigurationError("linear operators of SciPy need SciPy: pip install scipy") from error
-    import numpy
-
     like = factors.row_weights(0.0)
 
     def through(apply: Callable[[Array], Array]) -> Callable[[Any], Any]:
         def run(vector: Any) -> Any:
-            own = namespace(like).asarray(numpy.ascontiguousarray(vector).reshape(-1), device=device(like))
+            own = namespace(like).asarray(np.ascontiguousarray(vector).reshape(-1), device=device(like))
             result = apply(namespace(own).astype(own, like.dtype))
-            return numpy.asarray(array_api_compat.to_device(result, "cpu"))
+            return np.asarray(array_api_compat.to_device(result, "cpu"))
 
         return run
 
-    dtype = numpy.asarray(array_api_compat.to_device(like[:1], "cpu")).dtype
+    dtype = np.asarray(array_api_compat.to_device(like[:1], "cpu")).dtype
     return LinearOperator(shape, matvec=through(forward), rmatvec=through(backward), dtype=dtype)

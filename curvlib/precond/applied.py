@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.precond.transforms import Context, Transform
+from curvlib.arrays import evaluated
+from curvlib.precond.transforms import Context, Direction, Transform
 
 __all__ = ["transformed"]
 
@@ -16,7 +17,7 @@ __all__ = ["transformed"]
 def transformed(
     transforms: Sequence[Transform],
     state: MutableMapping[Tensor, Any],
-    directions: list[Tensor],
+    directions: Sequence[Direction],
     context: Context,
     before: bool,
 ) -> list[Tensor]:
@@ -38,8 +39,9 @@ def transformed(
             same = sum(type(other) is type(transform) for other in transforms[:index])
             prefix = type(transform).__name__ + (str(same + 1) if same else "")
             buffers = {name: _buffers(state, f"{prefix}.{name}", context.parameters) for name in transform.buffers}
-            directions = transform.apply(directions, context, buffers)
-    return directions
+            given: list[Any] = list(directions) if transform.takes_products else evaluated(directions)
+            directions = transform.apply(given, context, buffers)
+    return evaluated(directions)
 
 
 def _buffers(state: MutableMapping[Tensor, Any], key: str, parameters: Sequence[Tensor]) -> list[Tensor]:

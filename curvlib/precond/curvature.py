@@ -7,9 +7,10 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from curvlib.arrays import Vector, altered, deferred, dot, is_finite, map_arrays, namespace, record
+from curvlib.arrays import Vector, altered, deferred, dot, evaluated, is_finite, map_arrays, namespace, record
 from curvlib.errors import CaptureError, CurvatureError
 from curvlib.factors import Factors
 from curvlib.layers import Block
@@ -19,6 +20,7 @@ from curvlib.precond.failure import REFRESH_FAILURES, Failures, PlainGradient, a
 from curvlib.precond.gradients import BlockGradient
 from curvlib.precond.ladder import factorize_with_retries
 from curvlib.precond.refresh import Refresh
+from curvlib.precond.transforms import Direction
 from curvlib.solvers import Solver
 
 __all__ = ["BlockState", "Renewal", "natural_gradient", "natural_gradients", "residual"]
@@ -301,7 +303,8 @@ def residual(solver: Solver, state: BlockState, rows: Factors, gradient: Vector)
 def natural_gradient(solver: Solver, state: BlockState, gradient: Vector | BlockGradient) -> dict[str, Tensor]:
     """Natural gradient of a block, in the dtypes of its gradient; half precision is solved in float32."""
     if isinstance(gradient, BlockGradient):
-        return natural_gradients({"": solver}, {"": state}, {"": gradient})[""]
+        directions = natural_gradients({"": solver}, {"": state}, {"": gradient})[""]
+        return dict(zip(directions, evaluated(directions.values()), strict=True))
     if isinstance(state.inverse, PlainGradient):
         return {name: value / (state.damping or 1.0) for name, value in gradient.items()}
     natural = solver.solve(state.inverse, _wide(gradient))
@@ -313,7 +316,8 @@ def natural_gradients(
     states: Mapping[str, BlockState],
     gradients: Mapping[str, BlockGradient],
     later: Later | None = None,
-) -> dict[str, dict[str, Tensor]]:
+    lazily: bool = False,
+) -> dict[str, dict[str, Direction]]:
     """Natural gradients of all blocks that have a gradient; those of one solver are solved for together.
 
     Parameters
@@ -322,28 +326,38 @@ def natural_gradients(
         By block.
     later
         Takes the checks of solves, where nobody waits for them.
+    lazily
+        Whether they may be left as products of matrices.
     """
-    result: dict[str, dict[str, Tensor]] = {}
+    result: dict[str, dict[str, Direction]] = {}
     together: dict[int, list[str]] = {}
     for name, gradient in gradients.items():
         if isinstance(states[name].inverse, PlainGradient):
-            result[name] = natural_gradient(solvers[name], states[name], gradient.vector)
+            result[name] = dict(natural_gradient(solvers[name], states[name], gradient.vector))
         else:
             together.setdefault(id(solvers[name]), []).append(name)
     for names in together.values():
         given = [gradients[name] for name in names]
         asked = [_wide(one.vector) if one.own or one.rows is None else one.rows.factors for one in given]
         with naming(*names), nullcontext() if later is None else deferred() as checks:
-            naturals = solvers[names[0]].solve_all([states[name].inverse for name in names], asked)
+            solver, inverses = solvers[names[0]], [states[name].inverse for name in names]
+            naturals = solver.solve_lazily(inverses, asked) if lazily else solver.solve_all(inverses, asked)
         if later is not None and checks is not None:
             later.directions.take(checks, f"block {' or '.join(map(repr, names))}: ")
         for name, one, natural in zip(names, given, naturals, strict=True):
             scale = 1.0 if one.own or one.rows is None else one.rows.scale
             result[name] = {
-                inner: (value if scale == 1 else value * scale).to(one.parameters[inner].dtype)
-                for inner, value in natural.items()
+                inner: _finished(value, scale, one.parameters[inner].dtype) for inner, value in natural.items()
             }
     return result
+
+
+def _finished(direction: Direction, scale: float, dtype: torch.dtype) -> Direction:
+    """Direction times a number, in the dtype of its parameter."""
+    if scale == 1 and direction.dtype == dtype:
+        return direction
+    (value,) = evaluated([direction])
+    return (value if scale == 1 else value * scale).to(dtype)  # type: ignore[no-any-return]  # a tensor
 
 
 def _wide(vector: Vector) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.arrays import Deferred, in_pieces
+from curvlib.arrays import Deferred, evaluated, in_pieces
 from curvlib.capture import GradientRows
 from curvlib.capture.autocast import without_autocast
 from curvlib.errors import CaptureError
@@ -33,7 +33,7 @@ from curvlib.precond.second_pass import (
     predicted_change,
     require_closure,
 )
-from curvlib.precond.transforms import Context
+from curvlib.precond.transforms import Context, Direction
 from curvlib.solvers import Solver
 
 __all__ = ["NaturalGradient"]
@@ -168,8 +168,8 @@ class NaturalGradient(Deferring):
             renewal = Renewal(solvers, damping, self.refresh, self.failures, later)
             curvature, natural = self._natural(renewal, curvature, own, rows, factors, used)
         # Outside every block the direction is the gradient itself.
-        moves = [natural[p] if p in natural else own[p] for p in context.parameters]
-        moves = transformed(self.transforms, self.state, moves, context, before=False)
+        directions = [natural[p] if p in natural else own[p] for p in context.parameters]
+        moves = transformed(self.transforms, self.state, directions, context, before=False)
         adapts = self._adapts() and bool(factors)
         predicted = predicted_change(self._blocks, context, moves, factors) if adapts else None
         before = evaluations(self._blocks, solvers, curvature, factors, self.steps)
@@ -256,13 +256,21 @@ class NaturalGradient(Deferring):
         rows: Mapping[str, GradientRows],
         factors: dict[str, Factors],
         used: Mapping[str, Factors],
-    ) -> tuple[dict[str, BlockState], dict[Tensor, Tensor]]:
+    ) -> tuple[dict[str, BlockState], dict[Tensor, Direction]]:
         """New states of all blocks, and the natural gradient of every parameter in a block that has a gradient."""
         gradients = block_gradients(self._blocks, own, rows)
         curvature = renewal.renewed(self._blocks, states, used, gradients, self.steps)
-        natural: dict[Tensor, Tensor] = {}
+        natural: dict[Tensor, Direction] = {}
         later = renewal.later
-        directions = natural_gradients(renewal.solvers, curvature, gradients, later)
+        # Rows that are not finite have no Cholesky factor, so what an exact solver made of them needs no second look.
+        sound = self._always and self.fisher.needs_backward
+        directions = natural_gradients(renewal.solvers, curvature, gradients, later, lazily=sound)
+        looked = {
+            name: dict(zip(direction, evaluated(direction.values()), strict=True))
+            for name, direction in directions.items()
+            if not (sound and name in rows and renewal.solvers[name].exact)
+        }
+        directions.update(looked)
         for block in self._blocks:
             if block.name in gradients:
                 state, gradient, direction = curvature[block.name], gradients[block.name], directions[block.name]
@@ -275,9 +283,6 @@ class NaturalGradient(Deferring):
         # Gradients outside every block too: those of frozen parameters, and what the inner AdamW is about to use.
         everything: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
         others = [p.grad for p in everything if p.grad is not None and p not in natural]
-        # Rows that are not finite have no Cholesky factor, so what an exact solver made of them needs no second look.
-        sound = {name for name in rows if self._always and self.fisher.needs_backward and renewal.solvers[name].exact}
-        looked = {name: direction for name, direction in directions.items() if name not in sound}
         waiting = None if later is None else later.directions
         check_directions(looked, others, self.steps, cause=self._check_finite, later=waiting)
         if self._fused:

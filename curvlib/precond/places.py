@@ -15,7 +15,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from curvlib.arrays import Array, kernels
+from curvlib.arrays import Array
 from curvlib.errors import ConfigurationError
 from curvlib.precond.precision import check_precision, multiplied
 
@@ -218,7 +218,6 @@ def _numpy_place(device: torch.device) -> NumpyPlace:
         raise ConfigurationError(
             f"backend='numpy' works on the CPU, and the parameters are on {device}: use backend='torch', or 'cupy'"
         )
-    kernels(np.zeros(0))  # says at once if SciPy is missing
     return NumpyPlace()
 
 

@@ -7,18 +7,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from curvlib.arrays import in_pieces
+from curvlib.arrays import Product, evaluated, in_pieces
 from curvlib.errors import ConfigurationError
 from curvlib.hyperparameters import Checked
 
 __all__ = [
     "Context",
+    "Direction",
     "GradientClip",
     "Graft",
     "KLClip",
@@ -31,6 +32,9 @@ __all__ = [
 ]
 
 Buffers = Mapping[str, list[Tensor]]
+
+Direction: TypeAlias = Tensor | Product
+"""What a parameter moves along, or what that is the product of."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,14 @@ class Transform(Checked, ABC):
 
     needs_gradient: ClassVar[bool] = False
     """Whether it looks at `Context.gradients`."""
+
+    takes_products: ClassVar[bool] = False
+    """Whether directions may also be products of matrices (`curvlib.arrays.Product`); each class says so for itself."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # Not inherited: an `apply` that overrides one that takes them need not.
+        cls.takes_products = vars(cls).get("takes_products", False)
 
     @abstractmethod
     def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
@@ -293,15 +305,18 @@ class Momentum(Transform):
     decay: float = 0.9
     nesterov: bool = False
     buffers = ("momentum",)
+    takes_products = True
 
     def __post_init__(self) -> None:
         _require(self, "decay", self.decay, 0 <= self.decay < 1, "in [0, 1)")
 
-    def apply(self, directions: list[Tensor], context: Context, buffers: Buffers) -> list[Tensor]:
+    def apply(self, directions: Sequence[Direction], context: Context, buffers: Buffers) -> list[Tensor]:
         momentum, decays = buffers["momentum"], context.option("momentum", self.decay)
-        _decayed_sum(momentum, directions, decays)
         if self.nesterov:
+            directions = evaluated(directions)
+            _decayed_sum(momentum, directions, decays)
             return _foreach_sum(directions, momentum, decays)
+        _decayed_sum(momentum, directions, decays)
         return momentum
 
 
@@ -332,8 +347,17 @@ class WeightDecay(Transform):
         return _foreach_sum(directions, context.parameters, rates) if any(rates) else directions
 
 
-def _decayed_sum(totals: list[Tensor], addends: list[Tensor], decays: list[float]) -> None:
-    """``total ← decay · total + addend``, on a CPU in one pass over memory instead of two."""
+def _decayed_sum(totals: list[Tensor], addends: Sequence[Direction], decays: list[float]) -> None:
+    """``total ← decay · total + addend``, on a CPU in one pass over memory; a product in the pass that makes it."""
+    whole = []
+    for total, addend, decay in zip(totals, addends, decays, strict=True):
+        # In a row, as totals lie that were loaded: elsewhere it is another kernel that makes the product.
+        if isinstance(addend, Product) and total.dtype == addend.dtype and total.is_contiguous():
+            total.view(addend.shape).addmm_(addend.left, addend.right, beta=decay)
+        else:
+            whole.append((total, addend, decay))
+    totals, decays = [total for total, _, _ in whole], [decay for _, _, decay in whole]
+    addends = evaluated(addend for _, addend, _ in whole)
     several = len(set(decays)) > 1 or is_compiling() or not all(total.is_cpu for total in totals)
     if several or any(tensor.requires_grad for tensor in (*totals, *addends)):
         torch._foreach_mul_(totals, decays)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from curvlib.arrays import Array, Vector, add_multiples, require_finite
+from curvlib.arrays import Array, Product, Vector, add_multiples, require_finite
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors
 from curvlib.hyperparameters import Checked
@@ -134,6 +134,14 @@ class Solver(Checked, ABC):
     def solve_all(self, inverses: Sequence[Any], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
         """Do `solve` for several blocks at once, as `factorize_all` does."""
         return [self.solve(inverse, gradient) for inverse, gradient in zip(inverses, gradients, strict=True)]
+
+    def solve_lazily(self, inverses: Sequence[Any], gradients: Sequence[Gradient]) -> list[dict[str, Array | Product]]:
+        """Do `solve_all`, but leave to later what is a product of two matrices.
+
+        What comes next, such as momentum, adds it to something while it is made. Only methods that end with such a
+        product override this.
+        """
+        return [dict(natural) for natural in self.solve_all(inverses, gradients)]
 
     @property
     def keeps_rows(self) -> bool:

@@ -14,6 +14,7 @@ from curvlib.arrays import (
     device,
     namespace,
     side_by_side,
+    small_factors,
     stacked,
 )
 from curvlib.solvers.base import check_damping
@@ -47,16 +48,18 @@ def cholesky_factors(matrices: Sequence[Array], dampings: Sequence[float]) -> li
     factors: list[Any] = [None] * len(matrices)
     checked = {damping: check_damping(damping) for damping in set(dampings)}
     for places in alike(matrices):
-        n, where = int(matrices[places[0]].shape[0]), device(matrices[places[0]])
         own, values = [matrices[place] for place in places], [checked[dampings[place]] for place in places]
-        elements = len(places) * n * n
-        if len(places) > 1 and _stacking_pays(elements, _FACTORIZED_TOGETHER_UP_TO, where):
-            made = list(cholesky(_damped_stack(own, values)))  # apart in one call, not one by one
-        else:
-            made = side_by_side(_damped_factor, list(zip(own, values, strict=True)), [n] * len(places), own[0])
-        for place, factor in zip(places, made, strict=True):
+        for place, factor in zip(places, small_factors(own, values) or _factors(own, values), strict=True):
             factors[place] = factor
     return factors
+
+
+def _factors(matrices: Sequence[Array], dampings: Sequence[float]) -> list[Array]:
+    """Factors of matrices of one shape."""
+    n, count = int(matrices[0].shape[0]), len(matrices)
+    if count > 1 and _stacking_pays(count * n * n, _FACTORIZED_TOGETHER_UP_TO, device(matrices[0])):
+        return list(cholesky(_damped_stack(matrices, dampings)))  # apart in one call, not one by one
+    return side_by_side(_damped_factor, list(zip(matrices, dampings, strict=True)), [n] * count, matrices[0])
 
 
 def _damped_factor(matrix: Array, damping: float) -> Array:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from curvlib.arrays import Array, Vector
+from curvlib.arrays import Array, Product, Vector, evaluated
 from curvlib.factors import Factors
 from curvlib.factors.scaled import unscaled
-from curvlib.factors.together import rmatvecs
+from curvlib.factors.together import rmatvecs_lazily
 from curvlib.solvers.base import Gradient, as_vector, check_block, corrected, sample_space_pays, together_pays
 
-__all__ = ["Combined", "Explicit", "Mean", "System", "naturals", "right_hand_side", "system"]
+__all__ = ["Combined", "Explicit", "Mean", "System", "naturals", "naturals_lazily", "right_hand_side", "system"]
 
 
 @dataclass(frozen=True, eq=False)
 class Mean:
-    """The mean of the kernel's own rows J: ``(K + λI) w = 1 / n`` and ``Jᵀ w``."""
+    """The mean of the kernel's own rows J = c · B: ``(K + λI) w = c / n`` and ``Bᵀ w``."""
 
-    rows: Factors
+    rows: Factors  # B
+    share: float  # c / n
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,42 +66,53 @@ def system(rows: Factors, damping: float, gradient: Gradient, own: bool) -> Syst
     ConfigurationError
         If the gradient is of another block.
     """
+    base, scale = unscaled(rows)
     if gradient is rows and own:
-        return Mean(rows)
+        return Mean(base, scale / rows.normalizer)
     if isinstance(gradient, Factors) and (sample_space_pays(gradient) or together_pays(gradient, rows)):
         return Combined(rows, gradient, damping)
     vector = as_vector(gradient)
     check_block(vector, rows.shapes)
-    base, scale = unscaled(rows)
     return Explicit(base, vector, damping, -(scale**2) / (rows.normalizer * damping))
 
 
 def right_hand_side(one: System) -> Array:
-    """Right-hand side of a block's kernel, shape ``(rows,)``; for J = c · B and an explicit gradient, without the c."""
+    """Right-hand side of a block's kernel, shape ``(rows,)``."""
     if isinstance(one, Explicit):
         return one.rows.matvec(one.vector)
     if isinstance(one, Mean):
-        return one.rows.row_weights(1 / one.rows.normalizer)
+        return one.rows.row_weights(one.share)
     return one.rows.cross_gram(one.gradient) @ one.gradient.row_weights(1 / one.gradient.normalizer)
 
 
 def naturals(systems: Sequence[System], solutions: Sequence[Array]) -> list[dict[str, Array]]:
     """Natural gradient of each block, from the solution w of its kernel."""
+    return _evaluated(naturals_lazily(systems, solutions))
+
+
+def naturals_lazily(systems: Sequence[System], solutions: Sequence[Array]) -> list[dict[str, Array | Product]]:
+    """`naturals`, where the mean of the kernel's own rows may be left as products of matrices."""
     weighted = [(one, w) for one, w in zip(systems, solutions, strict=True) if not isinstance(one, Combined)]
     multiples = [one.multiple if isinstance(one, Explicit) else 1.0 for one, _ in weighted]
-    sums = iter(rmatvecs([one.rows for one, _ in weighted], [w for _, w in weighted], multiples))
-    results: list[dict[str, Array]] = []
+    sums = iter(rmatvecs_lazily([one.rows for one, _ in weighted], [w for _, w in weighted], multiples))
+    results: list[dict[str, Array | Product]] = []
     explicit: dict[float, list[tuple[int, Vector]]] = {}
     for place, (one, w) in enumerate(zip(systems, solutions, strict=True)):
         if isinstance(one, Combined):
             ones = one.gradient.row_weights(1 / (one.gradient.normalizer * one.damping))
-            results.append(one.gradient.combined(ones, one.rows, w / (-one.rows.normalizer * one.damping)))
-        else:
-            results.append(next(sums))
+            combined = one.gradient.combined(ones, one.rows, w / (-one.rows.normalizer * one.damping))
+            results.append(dict(combined))
+            continue
+        results.append(next(sums))
         if isinstance(one, Explicit):
             explicit.setdefault(one.damping, []).append((place, one.vector))
     for damping, some in explicit.items():
-        made = corrected([vector for _, vector in some], [results[place] for place, _ in some], damping)
+        corrections = _evaluated([results[place] for place, _ in some])
+        made = corrected([vector for _, vector in some], corrections, damping)
         for (place, _), natural in zip(some, made, strict=True):
-            results[place] = natural
+            results[place] = dict(natural)
     return results
+
+
+def _evaluated(vectors: Sequence[Mapping[str, Array | Product]]) -> list[dict[str, Array]]:
+    return [dict(zip(one, evaluated(one.values()), strict=True)) for one in vectors]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.arrays import Array, device, namespace, pack, unpack
+from curvlib.arrays import Array, device, evaluated, namespace, pack, unpack
 from curvlib.errors import CurvatureError
 from curvlib.factors import Factors, cat
 from curvlib.testing.comparison import Comparison, ConformanceError, numbers
@@ -108,6 +108,7 @@ def _check_products(factors: Factors, rows: Tensor, compare: Comparison) -> None
         "cross_gram of dense with it": (lambda: other.dense().cross_gram(factors), _matrix(other) @ rows.T),
         "matvec (J v)": (lambda: factors.matvec(vector), rows @ flat),
         "rmatvec (Jᵀ w)": (lambda: _flat(factors, factors.rmatvec(weights_in)), rows.T @ weights),
+        "rmatvec_lazily, multiplied out": (lambda: _flat(factors, _multiplied(factors, weights_in)), rows.T @ weights),
         "combined (Jᵀ w + Oᵀ u)": (
             lambda: _flat(factors, factors.combined(weights_in, other, other.row_weights(0.5))),
             rows.T @ weights + 0.5 * _matrix(other).sum(0),
@@ -124,6 +125,11 @@ def _check_products(factors: Factors, rows: Tensor, compare: Comparison) -> None
     results = {"gram()": lambda: {"": factors.gram()}, "rmatvec": lambda: factors.rmatvec(weights_in)}
     for quantity, make in results.items():
         _check_new_arrays(quantity, make, lambda: [numbers(weights_in), _matrix(factors)], compare)
+
+
+def _multiplied(factors: Factors, weights: Array) -> dict[str, Array]:
+    made = factors.rmatvec_lazily(weights)
+    return dict(zip(made, evaluated(made.values()), strict=True))
 
 
 def _check_new_arrays(

@@ -30,8 +30,8 @@ def test_contractions_of_three_operands_follow_a_planned_path(array):
     np.testing.assert_allclose(arrays.contract("ij,jk->ik", array(a), array(b)), a @ b)
 
 
-SIZES = (1, 5, 65)
-"""On both sides of the widths up to which torch tensors have NumPy's routine."""
+SIZES = (1, 5, 128, 129)
+"""On both sides of the widths up to which torch tensors have SciPy's routine."""
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -43,6 +43,15 @@ def test_cholesky_solves_vectors_and_batches(array, n):
     single, vector = arrays.cholesky(array(matrices[0])), rhs[0, :, 0]
     solution = np.linalg.solve(matrices[0], vector)
     np.testing.assert_allclose(arrays.cholesky_solve(single, array(vector)), solution, atol=1e-11)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_solutions_do_not_depend_on_how_a_factor_lies(n, batch):
+    """A factor that was saved as its numbers alone is loaded in rows, and a resumed run goes on bit for bit."""
+    factor = arrays.cholesky(torch.from_numpy(spd(n, batch)).float())
+    rhs = torch.randn(*batch, n, 1)
+    assert torch.equal(arrays.cholesky_solve(factor, rhs), arrays.cholesky_solve(factor.contiguous(), rhs))
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -59,7 +68,7 @@ def test_a_factor_of_torch_keeps_type_place_and_gradient(n):
     torch.testing.assert_close(batched, arrays.cholesky(matrix))
 
 
-@pytest.mark.parametrize("n", [3, 65])
+@pytest.mark.parametrize("n", [3, 129])
 @pytest.mark.parametrize("wrong", [-1.0, 0.0, np.nan, np.inf])
 def test_what_is_not_positive_definite_says_so(array, n, wrong):
     one = np.diag([1.0, wrong, *np.ones(n - 2)])
@@ -78,6 +87,48 @@ def test_matrices_put_together(array):
         assert np.asarray(whole).shape == (len(order), 5, 5)
     transposed = arrays.stacked([factor.T for factor in factors])
     np.testing.assert_allclose(transposed, np.stack([np.asarray(factor).T for factor in factors]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["rows", "columns", "part of a larger one"])
+def test_small_matrices_are_damped_and_factorised_one_by_one(dtype, layout):
+    whole = torch.from_numpy(spd(128, batch=(3,))).to(dtype)
+    own = list({"rows": whole, "columns": whole.mT.contiguous().mT}.get(layout, torch.nn.functional.pad(whole, [1, 2])))
+    own = [one[:, 1:129] for one in own] if layout == "part of a larger one" else own
+    factors = arrays.small_factors(own, dampings := [0.1, 0.2, 0.3])
+    assert torch.equal(torch.stack(own), whole)
+    for factor, matrix, damping in zip(factors, whole, dampings, strict=True):
+        truth = torch.linalg.cholesky(matrix.double() + damping * torch.eye(128, dtype=torch.float64))
+        assert factor.dtype == dtype
+        assert torch.equal(factor, factor.tril())
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+        torch.testing.assert_close(factor.double(), truth, rtol=tolerance, atol=tolerance)
+    assert arrays.stacked(factors).data_ptr() == factors[0].data_ptr()  # put together without a copy
+
+
+def test_what_is_not_small_or_not_positive_definite_is_left_to_others():
+    several = list(torch.from_numpy(spd(128, batch=(3,))))
+    assert arrays.small_factors(several, [0.1] * 3) is not None
+    assert arrays.small_factors(several[:1], [0.1]) is None  # one call is as fast
+    assert arrays.small_factors([torch.eye(129)] * 3, [0.1] * 3) is None
+    assert arrays.small_factors([one.numpy() for one in several], [0.1] * 3) is None
+    assert arrays.small_factors([one.clone().requires_grad_() for one in several], [0.1] * 3) is None
+    for wrong in (-1e6, np.nan, np.inf):
+        several[1][5, 5] = wrong
+        assert arrays.small_factors(several, [0.1] * 3) is None
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (300, 200), (3, 40_000), (600, 600)])
+def test_rows_times_weights(array, shape):
+    matrix, weights = np.random.default_rng(0).standard_normal(shape), np.arange(shape[0], dtype=float)
+    np.testing.assert_array_equal(arrays.scaled_rows(array(matrix), array(weights)), matrix * weights[:, None])
+
+
+def test_rows_times_weights_inside_a_transform():
+    matrix, weights = torch.randn(2, 300, 200), torch.randn(2, 300)
+    torch.testing.assert_close(torch.func.vmap(arrays.scaled_rows)(matrix, weights), matrix * weights[..., None])
+    gradient = torch.func.grad(lambda w: arrays.scaled_rows(matrix[0], w).sum())(weights[0])
+    torch.testing.assert_close(gradient, matrix[0].sum(1))
 
 
 def test_parts_of_one_tensor_are_put_together_without_a_copy():

@@ -16,7 +16,7 @@ from libraries import EVERY, MAKE, READ
 from numpy_as_cupy import modules
 
 from curvlib import arrays
-from curvlib.errors import ConfigurationError, NotPositiveDefiniteError
+from curvlib.errors import NotPositiveDefiniteError
 
 ROOT = Path(arrays.__file__).parent.parent
 LIBRARIES = [*EVERY, "numpy as cupy"]
@@ -194,13 +194,6 @@ def test_an_iteration_that_does_not_converge_is_made_again_in_double_precision(m
     monkeypatch.setattr(np.linalg, "eigh", fails)
     with pytest.raises(NotPositiveDefiniteError, match="did not converge, not in float64 either"):
         arrays.eigh(np.eye(3))
-
-
-def test_numpy_without_scipy_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    monkeypatch.delitem(sys.modules, "curvlib.arrays.numpy_kernels")
-    with pytest.raises(ConfigurationError, match=r"pip install 'curvlib\[numpy\]'"):
-        importlib.import_module("curvlib.arrays.numpy_kernels")
 
 
 def test_other_arrays_have_no_kernels():

@@ -1,5 +1,7 @@
 """Gradients as rows: the same steps as with autograd's gradients, without a weight gradient in backward."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch.nn import functional
 
 import curvlib
 from curvlib import Categorical, Empirical, KLClip, Momentum, Sampled, WeightDecay, Woodbury
-from curvlib.errors import ConfigurationError
+from curvlib.errors import ConfigurationError, NonFiniteError
 from curvlib.precond import Every, GradientClip, Graft, Intervals
 
 SOLVERS = curvlib.solvers
@@ -88,6 +90,48 @@ def test_the_same_steps_as_with_explicit_gradients(network, fisher, refresh, sol
         results.append(model.state_dict())
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-8, atol=1e-10, msg=name)
+
+
+TRANSFORMS = {
+    "none": [],
+    "momentum": [Momentum(0.9)],
+    "momentum of Nesterov": [Momentum(0.9, nesterov=True)],
+    "momentum, decay": [Momentum(0.9), WeightDecay(1e-3)],
+    "decay, momentum": [WeightDecay(1e-3), Momentum(0.9)],
+    "momentum twice": [Momentum(0.5), Momentum(0.9)],
+}
+
+
+@pytest.mark.parametrize("transforms", TRANSFORMS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_directions_that_are_products_are_what_every_transform_expects(network, transforms):
+    results = []
+    for fused in (False, True):
+        model, xs, ys = problem(network)
+        optimizer = train(
+            model, xs, ys, fisher=Empirical(), solver=Woodbury(), damping=0.1,
+            transforms=TRANSFORMS[transforms], fused=fused,
+        )  # fmt: skip
+        results.append(model.state_dict() | {str(i): s for i, s in enumerate(optimizer.state_dict()["state"].values())})
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_a_step_that_fails_after_its_solve_leaves_momentum_as_it_was(monkeypatch):
+    model, xs, ys = problem("perceptron")
+    optimizer = train(model, xs, ys, fisher=Empirical(), solver=Woodbury(), damping=0.1, fused=True,
+                      transforms=[Momentum(0.9)])  # fmt: skip
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    optimizer.zero_grad()
+    functional.cross_entropy(model(xs[0]), ys[0]).backward()
+
+    def fails(*_, **__):
+        raise NonFiniteError("as a direction that is looked at may be")
+
+    monkeypatch.setattr("curvlib.precond.optimizer.check_directions", fails)
+    with pytest.raises(NonFiniteError):
+        optimizer.step()
+    torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "sampled"])

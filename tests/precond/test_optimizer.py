@@ -22,6 +22,7 @@ from curvlib import (
     WeightDecay,
     Woodbury,
 )
+from curvlib.arrays import Product
 from curvlib.errors import (
     ConfigurationError,
     CurvatureError,
@@ -185,6 +186,33 @@ def test_transforms_follow_their_formulas_in_the_given_order():
         steps(model, optimizer, 1)
         for p, old, m in zip(model.parameters(), before, momentum, strict=True):
             torch.testing.assert_close(p.detach(), old - lr * (m + decay * old))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("layout", ["in a row", "transposed", "half precision"])
+def test_momentum_takes_products_for_what_they_are(nesterov, layout):
+    left, right = torch.randn(6, 3, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    total = torch.randn(4, 6, dtype=torch.float64).T if layout == "transposed" else torch.randn(6, 4).double()
+    total = total.half() if layout == "half precision" else total
+    before, decay = total.double().clone(), 0.25
+    context = curvlib.precond.Context([total], [total], [1.0], 0)
+    (move,) = Momentum(decay, nesterov).apply([Product(left, right)], context, {"momentum": [total]})
+    after = decay * before + left @ right
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if layout == "half precision" else {"rtol": 1e-13, "atol": 1e-13}
+    torch.testing.assert_close(total.double(), after, **tolerance)
+    torch.testing.assert_close(move.double(), left @ right + decay * after if nesterov else after, **tolerance)
+
+
+def test_whoever_overrides_a_transform_that_takes_products_gets_tensors():
+    class Own(Momentum):
+        def apply(self, directions, context, buffers):
+            assert all(isinstance(one, torch.Tensor) for one in directions)
+            return super().apply(directions, context, buffers)
+
+    assert Momentum.takes_products
+    assert not Own.takes_products
+    model = network()
+    steps(model, built(model, fisher=Empirical(), refresh=1, transforms=[Own()], fused=True), 2)
 
 
 def test_nesterov_looks_ahead():

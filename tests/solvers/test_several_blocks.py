@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from curvlib.arrays import pack
+from curvlib.arrays import Product, evaluated, pack
 from curvlib.errors import NotPositiveDefiniteError
 from curvlib.factors import Dense as DenseRows
 from curvlib.factors import OuterProduct
@@ -104,6 +104,35 @@ def test_exact_solvers_in_one_call(solver, damping, dtype):
             torch.testing.assert_close(natural[name], mine[name], rtol=tolerance, atol=tolerance)
         if solver.exact:
             torch.testing.assert_close(found, truth, rtol=tolerance, atol=tolerance)
+
+
+class OwnSolve(Woodbury):
+    def solve(self, inverse, gradient):
+        return {name: 2 * value for name, value in super().solve(inverse, gradient).items()}
+
+
+class OwnMemory(Woodbury):
+    def remember(self, estimate, natural):
+        assert all(isinstance(value, torch.Tensor) for value in natural.values())
+        return estimate
+
+
+@pytest.mark.parametrize(
+    ("solver", "products"),
+    [(Woodbury(), True), (Woodbury(low_rank=0.9), False), (Dense(), False), (KFAC(), False), (OwnSolve(), False),
+     (OwnMemory(), False)],
+)  # fmt: skip
+@pytest.mark.parametrize("own", [True, False])
+def test_what_is_left_to_later_is_the_same(solver, products, own):
+    several = [one.scaled(3.0) for one in (MIXED[:1] if isinstance(solver, KFAC) else MIXED)]
+    inverses = solver.factorize_all(solver.update_all([None] * len(several), several), [0.1] * len(several))
+    given = [getattr(inverse, "factors", rows) for inverse, rows in zip(inverses, several, strict=True)]
+    gradients = given if own else [one.rmatvec(one.row_weights(0.5)) for one in several]
+    lazily = solver.solve_lazily(inverses, gradients)
+    assert any(isinstance(value, Product) for one in lazily for value in one.values()) == (products and own)
+    for one, natural in zip(lazily, solver.solve_all(inverses, gradients), strict=True):
+        for name, value in zip(one, evaluated(one.values()), strict=True):
+            torch.testing.assert_close(value, natural[name], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("solver", [Woodbury(), Dense()], ids=str)

@@ -1,0 +1,38 @@
+"""Matrix products that are not multiplied yet, for whoever can add one to something without a pass of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from curvlib.arrays.namespace import Array
+
+__all__ = ["Product", "evaluated"]
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A B for matrices A, shape ``(m, k)``, and B, shape ``(k, n)``. Both have to stay as they are until it is used."""
+
+    left: Array
+    right: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(m, n)``."""
+        return int(self.left.shape[0]), int(self.right.shape[1])
+
+    @property
+    def dtype(self) -> Any:
+        """That of both."""
+        return self.right.dtype
+
+    def value(self) -> Array:
+        """The matrix itself, a new array."""
+        return self.left @ self.right
+
+
+def evaluated(arrays: Iterable[Array | Product]) -> list[Array]:
+    """Arrays as they are, and the values of products."""
+    return [array.value() if isinstance(array, Product) else array for array in arrays]
