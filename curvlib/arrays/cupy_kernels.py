@@ -20,6 +20,7 @@ __all__ = [
     "FAILURES",
     "add_diagonal",
     "add_multiples",
+    "add_product",
     "address",
     "adjoining",
     "cholesky",
@@ -30,6 +31,7 @@ __all__ = [
     "index_add",
     "matrix_vector",
     "positions",
+    "product",
     "qr",
     "scaled_rows",
     "self_product",
@@ -118,6 +120,17 @@ def add_multiples(arrays: Sequence[Array], others: Sequence[Array], multiple: fl
     for array, other in zip(arrays, others, strict=True):
         array += multiple * other
     return list(arrays)
+
+
+def product(first: Array, second: Array) -> Array:
+    """A B of matrices, or of stacks of them."""
+    return first @ second
+
+
+def add_product(total: Array, first: Array, second: Array, decay: float) -> None:
+    """``total ← decay · total + A B``."""
+    total *= decay
+    total += first @ second
 
 
 def scaled_rows(matrix: Array, weights: Array) -> Array:

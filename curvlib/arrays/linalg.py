@@ -13,6 +13,7 @@ from curvlib.errors import NotPositiveDefiniteError
 __all__ = [
     "add_diagonal",
     "add_multiples",
+    "add_product",
     "adjoining",
     "alike",
     "cholesky",
@@ -22,6 +23,7 @@ __all__ = [
     "hadamard_gram",
     "is_finite",
     "matrix_vector",
+    "product",
     "qr",
     "require_finite",
     "scaled_rows",
@@ -180,6 +182,16 @@ def add_multiples(arrays: Sequence[Array], others: Sequence[Array], multiple: fl
 def scaled_rows(matrix: Array, weights: Array) -> Array:
     """Each row of a matrix of shape ``(n, d)`` times its weight, shape ``(n,)``."""
     return kernels(matrix).scaled_rows(matrix, weights)
+
+
+def product(first: Array, second: Array) -> Array:
+    """A B for matrices, shapes ``(…, m, k)`` and ``(…, k, n)``, shared out to cores better than `@` does small ones."""
+    return kernels(first).product(first, second)
+
+
+def add_product(total: Array, first: Array, second: Array, decay: float) -> None:
+    """``total ← decay · total + A B`` in place, in one pass; the total's elements lie in a row."""
+    kernels(total).add_product(total, first, second, decay)
 
 
 def matrix_vector(matrix: Array, vector: Array) -> Array:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from curvlib.arrays.linalg import add_product, product
 from curvlib.arrays.namespace import Array
 
 __all__ = ["Product", "evaluated"]
@@ -30,7 +31,11 @@ class Product:
 
     def value(self) -> Array:
         """The matrix itself, a new array."""
-        return self.left @ self.right
+        return product(self.left, self.right)
+
+    def add_to(self, total: Array, decay: float) -> None:
+        """``total ← decay · total + A B`` in place; `total` has as many elements, in a row."""
+        add_product(total.reshape(self.shape), self.left, self.right, decay)
 
 
 def evaluated(arrays: Iterable[Array | Product]) -> list[Array]:

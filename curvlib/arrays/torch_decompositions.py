@@ -115,7 +115,7 @@ def cholesky_inverse(factor: Tensor) -> Tensor:
     if factor.is_cuda and factor.shape[:-2].numel() > 1:
         eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         return _solved_together(factor, eye.expand_as(factor))
-    return torch.cholesky_inverse(factor)
+    return torch.cholesky_inverse(factor).mT.contiguous()  # symmetric; in rows, as one is that was loaded
 
 
 def cholesky_solve(factor: Tensor, rhs: Tensor) -> Tensor:
@@ -151,13 +151,13 @@ def triangular_solve(factor: Tensor, rhs: Tensor, transposed: bool) -> Tensor:
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors. On CUDA the routine itself waits for the device."""
     values, vectors = torch.linalg.eigh(matrix)
-    return values, vectors
+    return values, vectors.contiguous()  # in rows, as those are that were loaded: products round by how factors lie
 
 
 def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Q with orthonormal columns and R, reduced."""
     Q, R = torch.linalg.qr(matrix)
-    return Q, R
+    return Q.contiguous(), R  # as `eigh`
 
 
 def side_by_side(

@@ -27,6 +27,7 @@ __all__ = [
     "FAILURES",
     "add_diagonal",
     "add_multiples",
+    "add_product",
     "address",
     "adjoining",
     "cholesky",
@@ -38,6 +39,7 @@ __all__ = [
     "is_compiling",
     "matrix_vector",
     "positions",
+    "product",
     "qr",
     "scaled_rows",
     "self_product",
@@ -49,8 +51,8 @@ __all__ = [
 _SPLIT_UP_TO, _PART = 128, 2048
 """Rows up to which, and columns by which, a long product is cut on a CPU."""
 
-_SHARED_FROM = 2**20
-"""Multiply-adds from which a Gram matrix is worth a call that gives every thread rows of its own, on a CPU."""
+_SHARED, _INNER = range(2**11, 2**27), 8
+"""Multiply-adds of a product, and its inner size, that are worth a call which gives every thread rows, on a CPU."""
 
 _STREAMED_FROM = 2**23
 """Bytes from which a matrix comes from memory, which one thread alone does not keep busy, on a CPU."""
@@ -96,6 +98,39 @@ def _by_matrix(value: Tensor | float) -> Tensor | float:
     return value[..., 0] if isinstance(value, Tensor) and value.ndim > 0 else value
 
 
+def product(first: Tensor, second: Tensor) -> Tensor:
+    """A B of matrices, or of stacks of them."""
+    if first.ndim == 3 and first.shape[0] == second.shape[0] == 1:
+        return product(first[0], second[0])[None]
+    parts = _shares(first, second) if first.ndim == second.ndim == 2 else None
+    return first @ second if parts is None else torch.bmm(*parts).flatten(0, 1)
+
+
+def add_product(total: Tensor, first: Tensor, second: Tensor, decay: float) -> None:
+    """``total ← decay · total + A B`` for contiguous totals, in one pass over them."""
+    parts = _shares(first, second)
+    if parts is None:
+        total.addmm_(first, second, beta=decay)
+    else:
+        total.view(len(parts[0]), -1, total.shape[1]).baddbmm_(*parts, beta=decay)
+
+
+def _shares(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Factors of a product in which every thread has rows of its own; None where BLAS had better share it out.
+
+    It has its threads wait for each other, which takes longer than a small product.
+    """
+    if first.device.type != "cpu" or is_compiling():
+        return None
+    (m, k), n = first.shape, second.shape[1]
+    threads = torch.get_num_threads()
+    evenly = threads > 1 and m % threads == 0 and (threads <= _FEW or m // threads >= _ROWS_EACH)
+    sized = k >= _INNER and m * k * n in _SHARED
+    if not (evenly and sized):
+        return None
+    return first.view(threads, -1, k), second.expand(threads, k, n)
+
+
 def self_product(matrix: Tensor) -> Tensor:
     """A Aᵀ; torch has no symmetric product, so on a CPU the blocks above the diagonal of large ones are mirrored."""
     n, d = matrix.shape
@@ -114,12 +149,7 @@ def self_product(matrix: Tensor) -> Tensor:
         return matrix @ matrix.T
     if _halved(n, d):
         return _symmetric(matrix, lambda width, below: _products(matrix, width, below))
-    threads = _rows_each(n) if n * n * d >= _SHARED_FROM else 1
-    if threads == 1:
-        return matrix @ matrix.T
-    # BLAS does not find the best cut of small products; torch gives one product of a batch to each thread.
-    both = matrix.view(threads, -1, d), matrix.T.expand(threads, d, n)
-    return torch.bmm(*both).flatten(0, 1)
+    return product(matrix, matrix.T)
 
 
 def _part(d: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from curvlib.arrays import Array, Vector, matrix_vector, namespace, self_product
+from curvlib.arrays import Array, Vector, matrix_vector, namespace, product, self_product
 from curvlib.errors import ConfigurationError
 from curvlib.factors.base import Factors, joint_samples
 
@@ -72,8 +72,8 @@ class Dense(Factors):
     def gram(self) -> Array:
         total = None
         for array in self.values.values():
-            product = self_product(array.reshape(array.shape[0], -1))
-            total = product if total is None else total + product
+            own = self_product(array.reshape(array.shape[0], -1))
+            total = own if total is None else total + own
         return total
 
     def cross_gram(self, other: Factors) -> Array:
@@ -81,15 +81,15 @@ class Dense(Factors):
         theirs = other.dense()
         total = None
         for name, array in self.values.items():
-            product = array.reshape(len(self), -1) @ theirs.values[name].reshape(len(theirs), -1).T
-            total = product if total is None else total + product
+            own = product(array.reshape(len(self), -1), theirs.values[name].reshape(len(theirs), -1).T)
+            total = own if total is None else total + own
         return total
 
     def matvec(self, vector: Vector) -> Array:
         total = None
         for name, array in self.values.items():
-            product = matrix_vector(array.reshape(array.shape[0], -1), vector[name].reshape(-1))
-            total = product if total is None else total + product
+            own = matrix_vector(array.reshape(array.shape[0], -1), vector[name].reshape(-1))
+            total = own if total is None else total + own
         return total
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:

@@ -16,6 +16,7 @@ from curvlib.arrays import (
     hadamard_gram,
     matrix_vector,
     namespace,
+    product,
     same,
     scaled_rows,
     self_product,
@@ -117,7 +118,7 @@ class OuterProduct(Factors):
         if not isinstance(other, OuterProduct):
             return self.as_shared().cross_gram(other)
         self._require_same_block(other)
-        cotangents = self._flat_cotangents() @ other._flat_cotangents().T
+        cotangents = product(self._flat_cotangents(), other._flat_cotangents().T)
         if self.weight is None:
             return cotangents
         return self._joined(cotangents, self._inputs_with(other), other)
@@ -126,7 +127,7 @@ class OuterProduct(Factors):
         """A Bᵀ of the inputs of both, a new array: the one of the last Gram where it is that."""
         if self.memo and self.same_inputs(other) and self.memo[0][0] is self.inputs:
             return self.memo.pop()[1]
-        return self.inputs @ other.inputs.T
+        return product(self.inputs, other.inputs.T)
 
     def same_inputs(self, other: Factors) -> bool:
         other = other.base if isinstance(other, Scaled) else other
@@ -149,7 +150,7 @@ class OuterProduct(Factors):
         # One product with the weight serves every column.
         if self.weight is None:
             return self.dense().matvec(vector)
-        outputs = self.inputs @ vector[self.weight].T
+        outputs = product(self.inputs, vector[self.weight].T)
         if self.bias is not None:
             outputs = outputs + vector[self.bias]
         return (self.cotangents * outputs[:, None, :]).sum(axis=-1).reshape(-1)
@@ -175,7 +176,8 @@ class OuterProduct(Factors):
         # Cotangents of the same pass: one product with its inputs is enough for both.
         result = {}
         if self.weight is not None:
-            result[self.weight] = (self._weighted(weights) + other._weighted(other_weights)).T @ self.inputs
+            weighted = self._weighted(weights) + other._weighted(other_weights)
+            result[self.weight] = product(weighted.T, self.inputs)
         if self.bias is not None:
             result[self.bias] = self._summed(weights) + other._summed(other_weights)
         return result

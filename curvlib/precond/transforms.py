@@ -353,7 +353,7 @@ def _decayed_sum(totals: list[Tensor], addends: Sequence[Direction], decays: lis
     for total, addend, decay in zip(totals, addends, decays, strict=True):
         # In a row, as totals lie that were loaded: elsewhere it is another kernel that makes the product.
         if isinstance(addend, Product) and total.dtype == addend.dtype and total.is_contiguous():
-            total.view(addend.shape).addmm_(addend.left, addend.right, beta=decay)
+            addend.add_to(total, decay)
         else:
             whole.append((total, addend, decay))
     totals, decays = [total for total, _, _ in whole], [decay for _, _, decay in whole]

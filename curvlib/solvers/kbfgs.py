@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, is_finite, namespace, record
+from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, is_finite, namespace, product, record
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, KroneckerLayout, OneHotOuter
 from curvlib.solvers.average import averaged, check_decay
@@ -168,7 +168,8 @@ class KBFGS(Solver):
     def solve(self, inverse: KBFGSInverse, gradient: Gradient) -> dict[str, Array]:
         vector = as_vector(gradient)
         check_block(vector, inverse.layout.shapes)
-        return inverse.layout.vector(inverse.cotangents @ inverse.layout.matrix(vector) @ inverse.inputs)
+        half = product(inverse.cotangents, inverse.layout.matrix(vector))
+        return inverse.layout.vector(product(half, inverse.inputs))
 
     def follow(
         self, estimate: KBFGSEstimate, inverse: KBFGSInverse, before: Evaluation, after: Evaluation

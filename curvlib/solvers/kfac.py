@@ -15,6 +15,7 @@ from curvlib.arrays import (
     cholesky_solve,
     eigh,
     namespace,
+    product,
     record,
     side_by_side,
     trace,
@@ -77,18 +78,19 @@ class KFACInverse:
 
     def apply_to_rows(self, inputs: Array, cotangents: Array) -> Array:
         # B⁻¹ (gᵀ a) A⁻¹ = (B⁻¹gᵀ)(A⁻¹aᵀ)ᵀ: solves with as many right-hand sides as there are rows.
-        return self.on_cotangents(namespace(cotangents).matrix_transpose(cotangents)) @ self.on_inputs(inputs)
+        transposed = namespace(cotangents).matrix_transpose(cotangents)
+        return product(self.on_cotangents(transposed), self.on_inputs(inputs))
 
     def on_inputs(self, matrix: Array) -> Array:
         """``M A⁻¹``, for M of shape ``(groups, k, d)``."""
         if self.explicit[0]:
-            return matrix @ self.inputs
+            return product(matrix, self.inputs)
         transpose = namespace(matrix).matrix_transpose
         return transpose(cholesky_solve(self.inputs, transpose(matrix)))
 
     def on_cotangents(self, matrix: Array) -> Array:
         """``G⁻¹ M``, for M of shape ``(groups, d_out, k)``."""
-        return self.cotangents @ matrix if self.explicit[1] else cholesky_solve(self.cotangents, matrix)
+        return product(self.cotangents, matrix) if self.explicit[1] else cholesky_solve(self.cotangents, matrix)
 
 
 @record
@@ -106,16 +108,17 @@ class KFACEigen:
 
     def apply(self, matrix: Array) -> Array:
         # Q_G ((Q_Gᵀ M Q_A) ∘ R) Q_Aᵀ
-        return self._back(namespace(matrix).matrix_transpose(self.cotangents) @ matrix @ self.inputs)
+        transposed = namespace(matrix).matrix_transpose(self.cotangents)
+        return self._back(product(product(transposed, matrix), self.inputs))
 
     def apply_to_rows(self, inputs: Array, cotangents: Array) -> Array:
         transpose = namespace(inputs).matrix_transpose
-        return self._back(transpose(cotangents @ self.cotangents) @ (inputs @ self.inputs))
+        return self._back(product(transpose(product(cotangents, self.cotangents)), product(inputs, self.inputs)))
 
     def _back(self, rotated: Array) -> Array:
         """Out of the eigenbasis, after the division by damped eigenvalues there."""
         rotated *= self.reciprocals
-        return self.cotangents @ rotated @ namespace(rotated).matrix_transpose(self.inputs)
+        return product(product(self.cotangents, rotated), namespace(rotated).matrix_transpose(self.inputs))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from curvlib.arrays import Array, add_diagonal, device, namespace, record
+from curvlib.arrays import Array, add_diagonal, device, namespace, product, record
 from curvlib.factors import Factors, KroneckerLayout
 from curvlib.solvers.average import check_decay
 from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_damping, check_finite
@@ -85,7 +85,7 @@ class MKOR(Solver):
         vector = as_vector(gradient)
         check_block(vector, inverse.layout.shapes)
         matrix = inverse.layout.matrix(vector)
-        natural = inverse.cotangents @ matrix @ inverse.inputs
+        natural = product(product(inverse.cotangents, matrix), inverse.inputs)
         xp = namespace(matrix)
         before, after = ((array * array).sum() for array in (matrix, natural))
         # Both inverses are positive definite, so only a zero gradient has a zero image.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from curvlib.arrays import Array, device, eigh, namespace, record, side_by_side
+from curvlib.arrays import Array, device, eigh, namespace, product, record, side_by_side
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, KroneckerLayout
 from curvlib.solvers.average import averaged, check_decay
@@ -113,7 +113,8 @@ class Shampoo(Solver):
     def solve(self, inverse: ShampooInverse, gradient: Gradient) -> dict[str, Array]:
         vector = as_vector(gradient)
         check_block(vector, inverse.layout.shapes)
-        return inverse.layout.vector(inverse.cotangents @ inverse.layout.matrix(vector) @ inverse.inputs)
+        half = product(inverse.cotangents, inverse.layout.matrix(vector))
+        return inverse.layout.vector(product(half, inverse.inputs))
 
 
 def gradient_matrix(factors: Factors) -> tuple[Array, KroneckerLayout]:

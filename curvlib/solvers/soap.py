@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from curvlib.arrays import Array, device, eigh, namespace, record, side_by_side
+from curvlib.arrays import Array, device, eigh, namespace, product, record, side_by_side
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, KroneckerLayout
 from curvlib.solvers.average import averaged, check_decay
@@ -201,8 +201,8 @@ def _transposed(matrix: Array | None) -> Array | None:
 
 def _rotated(matrix: Array, Q_R: Array | None, Q_L: Array | None) -> Array:
     """``Q_Lᵀ M Q_R``; a side without a basis stays as it is."""
-    left = matrix if Q_L is None else namespace(Q_L).matrix_transpose(Q_L) @ matrix
-    return left if Q_R is None else left @ Q_R
+    left = matrix if Q_L is None else product(namespace(Q_L).matrix_transpose(Q_L), matrix)
+    return left if Q_R is None else product(left, Q_R)
 
 
 def _eigenbasis(matrix: Array | None) -> Array | None:

@@ -118,6 +118,45 @@ def test_what_is_not_small_or_not_positive_definite_is_left_to_others():
         assert arrays.small_factors(several, [0.1] * 3) is None
 
 
+def test_what_products_are_made_with_lies_in_rows():
+    """As it does once it was saved as its numbers alone and loaded: products round by how their factors lie."""
+    matrix = torch.from_numpy(spd(16, batch=(2,)))
+    for made in (arrays.eigh(matrix)[1], arrays.qr(matrix)[0], arrays.cholesky_inverse(arrays.cholesky(matrix))):
+        assert made.is_contiguous()
+
+
+PRODUCTS = [(1, 1, 1), (5, 3, 4), (8, 12, 30), (7, 40, 40), (64, 9, 50), (2, 2000, 3), (64, 64, 64)]
+"""Rows, inner size and columns: shared out to threads and not, divisible by them and not."""
+
+
+@pytest.mark.parametrize(("m", "k", "n"), PRODUCTS)
+@pytest.mark.parametrize("threads", [1, 2, 4, 16])
+def test_products_are_products(array, m, k, n, threads):
+    generator = np.random.default_rng(0)
+    first, second, total = (generator.standard_normal(shape) for shape in ((m, k), (k, n), (m, n)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for one in (array(first), array(first.T.copy()).T):
+            np.testing.assert_allclose(arrays.product(one, array(second)), first @ second, atol=1e-11)
+            stack = arrays.product(one[None], array(second.T.copy()).T[None])
+            np.testing.assert_allclose(stack, (first @ second)[None], atol=1e-11)
+        several = arrays.product(array(np.stack([first, -first])), array(np.stack([second, second])))
+        np.testing.assert_allclose(several, np.stack([first @ second, -first @ second]), atol=1e-11)
+        sum_ = array(total.copy())
+        arrays.add_product(sum_, array(first), array(second), 0.25)
+        np.testing.assert_allclose(sum_, 0.25 * total + first @ second, atol=1e-11)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_products_inside_a_transform():
+    first, second = torch.randn(3, 64, 32, dtype=torch.float64), torch.randn(3, 32, 16, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.vmap(arrays.product)(first, second), first @ second)
+    gradient = torch.func.grad(lambda a: arrays.product(a, second[0]).sum())(first[0])
+    torch.testing.assert_close(gradient, second[0].sum(1).expand(64, 32))
+
+
 @pytest.mark.parametrize("shape", [(4, 3), (300, 200), (3, 40_000), (600, 600)])
 def test_rows_times_weights(array, shape):
     matrix, weights = np.random.default_rng(0).standard_normal(shape), np.arange(shape[0], dtype=float)
