@@ -71,10 +71,10 @@ def rmatvecs_lazily(
         if type(base) is Dense
         for name, array in base.values.items()
     ]
-    matrices = [array.reshape(array.shape[0], -1) for _, _, array in explicit]
+    matrices = [array if array.ndim == 2 else array.reshape(array.shape[0], -1) for _, _, array in explicit]
     totals = _weighted_sums(matrices, [scaled[place] for place, _, _ in explicit])
     for (place, name, array), total in zip(explicit, totals, strict=True):
-        sums[place][name] = total.reshape(array.shape[1:])
+        sums[place][name] = total if array.ndim == 2 else total.reshape(array.shape[1:])
     return sums
 
 

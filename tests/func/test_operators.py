@@ -1,6 +1,5 @@
 """Blocks, Jacobians and whole models as linear operators, against explicit matrices."""
 
-import builtins
 
 import numpy as np
 import pytest
@@ -161,19 +160,6 @@ def test_any_solver_inverts_the_blocks():
     operator = ModelCurvature(model, curvlib.collect(model, curvlib.Exact(), x), DAMPING, Diagonal())
     v = torch.from_numpy(numbers(len(F)))
     close(operator.solve(v), v.numpy() / np.diag(F))
-
-
-def test_scipy_is_asked_for_by_name(monkeypatch):
-    original = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("scipy"):
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigurationError, match="pip install scipy"):
-        Jacobian(Dense(weight=torch.ones(2, 3))).scipy()
 
 
 def model_curvature(change=lambda blocks: blocks, model=None, damping=0.1, **options):

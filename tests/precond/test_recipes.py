@@ -15,17 +15,17 @@ from curvlib.solvers import Solver
 STEPS = 120
 NAMES = sorted(recipes.__all__)
 OPTIONS = {
-    "EKFAC": {"estimate_every": 2, "refresh": 10, "lr": 0.1, "damping": 0.1, "weight_decay": 0.0},
+    "EKFAC": {"estimate_every": 2, "refresh": 10, "lr": 0.05, "damping": 0.1, "weight_decay": 0.0},
     "Eva": {"lr": 0.1, "damping": 0.1},
     "ExactNGD": {"damping": 0.3, "refresh": 40},
-    "FNGD": {"first_epoch": 14, "damping": 0.3},
+    "FNGD": {"first_epoch": 14, "damping": 0.5},
     "HyLo": {"refresh": 10, "ratio": 0.3, "kl_clip": None},
     "IKFAC": {"refresh": 1},
     "KBFGS": {"damping": 0.1},
     "KFAC": {"estimate_every": 5, "refresh": 20, "lr": 0.05, "damping": 0.1, "weight_decay": 0.0},
     "SENG": {"refresh": 10, "lr": 0.1},
     "SINGD": {"refresh": 1, "lr": 0.003},
-    "SKFAC": {"lr": 0.1, "damping": 0.1, "weight_decay": 0.0},
+    "SKFAC": {"lr": 0.05, "damping": 0.1, "weight_decay": 0.0},
     "SOAP": {"lr": 0.03},
     "SPRING": {"lr": 0.3, "damping": 0.3},
     "Shampoo": {"lr": 0.01},
