@@ -45,7 +45,8 @@ def transformed(
 
 
 def _buffers(state: MutableMapping[Tensor, Any], key: str, parameters: Sequence[Tensor]) -> list[Tensor]:
-    for p in parameters:
-        if key not in state[p]:
-            state[p][key] = torch.zeros_like(p)
-    return [state[p][key] for p in parameters]
+    own = [state[p] for p in parameters]
+    for p, held in zip(parameters, own, strict=True):
+        if key not in held:
+            held[key] = torch.zeros_like(p)
+    return [held[key] for held in own]

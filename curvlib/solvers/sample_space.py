@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from curvlib.arrays import Array, Product, Vector, evaluated
+from curvlib.arrays import Array, Product, Vector, device, evaluated
 from curvlib.factors import Factors
 from curvlib.factors.scaled import unscaled
 from curvlib.factors.together import rmatvecs_lazily
 from curvlib.solvers.base import Gradient, as_vector, check_block, corrected, sample_space_pays, together_pays
 
-__all__ = ["Combined", "Explicit", "Mean", "System", "naturals", "naturals_lazily", "right_hand_side", "system"]
+__all__ = ["Combined", "Explicit", "Mean", "System", "naturals", "naturals_lazily", "right_hand_sides", "system"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +76,25 @@ def system(rows: Factors, damping: float, gradient: Gradient, own: bool) -> Syst
     return Explicit(base, vector, damping, -(scale**2) / (rows.normalizer * damping))
 
 
-def right_hand_side(one: System) -> Array:
-    """Right-hand side of a block's kernel, shape ``(rows,)``."""
+def right_hand_sides(systems: Sequence[System]) -> list[Array]:
+    """Right-hand sides of the blocks' kernels, each of shape ``(rows,)``; some may be the same array."""
+    known: dict[Any, Array] = {}
+    sides = []
+    for one in systems:
+        if isinstance(one, Mean):
+            like = one.rows.like
+            kind = (len(one.rows), one.share, like.dtype, device(like))
+            if kind not in known:
+                known[kind] = one.rows.row_weights(one.share)
+            sides.append(known[kind])
+        else:
+            sides.append(_right_hand_side(one))
+    return sides
+
+
+def _right_hand_side(one: Explicit | Combined) -> Array:
     if isinstance(one, Explicit):
         return one.rows.matvec(one.vector)
-    if isinstance(one, Mean):
-        return one.rows.row_weights(one.share)
     return one.rows.cross_gram(one.gradient) @ one.gradient.row_weights(1 / one.gradient.normalizer)
 
 

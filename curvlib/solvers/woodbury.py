@@ -21,7 +21,7 @@ from curvlib.solvers.base import (
 )
 from curvlib.solvers.batched import cholesky_factors, kernel_solutions
 from curvlib.solvers.dense import Covariance, Dense, DenseInverse
-from curvlib.solvers.sample_space import System, naturals, naturals_lazily, right_hand_side, system
+from curvlib.solvers.sample_space import System, naturals, naturals_lazily, right_hand_sides, system
 
 __all__ = ["Woodbury", "WoodburyEstimate", "WoodburyInverse"]
 
@@ -175,7 +175,7 @@ class Woodbury(Solver):
             for inverse, gradient in zip(inverses, gradients, strict=True)
         ]
         factors = [inverse.factor for inverse in inverses]
-        return naturals(systems, kernel_solutions(factors, [right_hand_side(one) for one in systems]))
+        return naturals(systems, kernel_solutions(factors, right_hand_sides(systems)))
 
 
 def _apart(
