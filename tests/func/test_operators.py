@@ -1,6 +1,5 @@
 """Blocks, Jacobians and whole models as linear operators, against explicit matrices."""
 
-
 import numpy as np
 import pytest
 import torch
