@@ -92,7 +92,11 @@ sums. Twelve Grams of a transformer's Linear layers at batch 32 take 8.4 instead
 same bits as that of the same rows by themselves, so that a run that is resumed goes on as it was. Updates, momentum and
 corrections of tensors of 2^15 to 2^18 elements are made piece by piece, so that none of them wakes a thread
 (`curvlib.arrays.in_pieces`): 27 instead of 76 µs for 65 536 elements. Momentum and a correction read and write memory
-once.
+once. Where the natural gradient ends with a product of two matrices, as that of a Linear layer's own rows does,
+momentum is the product's addend (`curvlib.arrays.Product`), so that it takes no pass at all. Products of up to 2^27
+multiply-adds go to the library with rows of their own for each thread (`curvlib.arrays.product`): left to share one
+out, it has its threads wait for each other, for 0.03 to 0.07 ms. Kernels of up to 128 rows are factorised by SciPy's
+LAPACK, one by one: three of 128 rows take 0.16 instead of 0.41 ms.
 
 **Memory.** Rows of the loss itself that are kept explicitly are made inside backward, as soon as a layer's cotangent is
 there; input and cotangent then go, layer by layer, as they do without curvature. What stays above SGD's peak are the
