@@ -91,7 +91,7 @@ def _is_small(matrix: Tensor) -> bool:
 
     Torch's wakes all threads to clear what is above the diagonal, which takes longer than the factorisation.
     """
-    if matrix.shape[-1] > _WOKEN_FOR or matrix.device.type != "cpu" or matrix.dtype not in _ROUTINES:
+    if not 0 < matrix.shape[-1] <= _WOKEN_FOR or matrix.device.type != "cpu" or matrix.dtype not in _ROUTINES:
         return False
     if type(matrix) is not Tensor or matrix.requires_grad or is_compiling():
         return False

@@ -68,6 +68,11 @@ def test_a_factor_of_torch_keeps_type_place_and_gradient(n):
     torch.testing.assert_close(batched, arrays.cholesky(matrix))
 
 
+@pytest.mark.parametrize("shape", [(0, 0), (2, 0, 0), (0, 3, 3)])
+def test_nothing_has_a_factor_too(array, shape):
+    assert arrays.cholesky(array(np.zeros(shape))).shape == shape
+
+
 @pytest.mark.parametrize("n", [3, 129])
 @pytest.mark.parametrize("wrong", [-1.0, 0.0, np.nan, np.inf])
 def test_what_is_not_positive_definite_says_so(array, n, wrong):
