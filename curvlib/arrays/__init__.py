@@ -30,7 +30,7 @@ from curvlib.arrays.linalg import (
 )
 from curvlib.arrays.namespace import Array, Vector, contract, device, dot, kernels, namespace, nbytes, same
 from curvlib.arrays.pieces import in_pieces
-from curvlib.arrays.products import Product, evaluated
+from curvlib.arrays.products import Product, as_array, evaluated
 from curvlib.arrays.state import TRANSIENT, altered, map_arrays, pack, record, unpack
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "adjoining",
     "alike",
     "altered",
+    "as_array",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",

@@ -7,7 +7,7 @@ to the routine for one matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import cupy
@@ -15,6 +15,17 @@ import numpy as np
 from cupy import cublas
 from cupyx import errstate, scatter_add
 from cupyx.scipy.linalg import solve_triangular
+
+from curvlib.arrays.plain_kernels import (
+    add_multiples,
+    add_product,
+    adjoining,
+    matrix_vector,
+    product,
+    scaled_rows,
+    side_by_side,
+    small_factors,
+)
 
 __all__ = [
     "FAILURES",
@@ -115,42 +126,9 @@ def hadamard_gram(first: Array, second: Array, ones: bool) -> Array:
     return (self_product(first) + float(ones)) * self_product(second)
 
 
-def add_multiples(arrays: Sequence[Array], others: Sequence[Array], multiple: float) -> list[Array]:
-    """A + multiple · B for each, in the memory of A."""
-    for array, other in zip(arrays, others, strict=True):
-        array += multiple * other
-    return list(arrays)
-
-
-def product(first: Array, second: Array) -> Array:
-    """A B of matrices, or of stacks of them."""
-    return first @ second
-
-
-def add_product(total: Array, first: Array, second: Array, decay: float) -> None:
-    """``total ← decay · total + A B``."""
-    total *= decay
-    total += first @ second
-
-
-def scaled_rows(matrix: Array, weights: Array) -> Array:
-    """Each row of A times its weight."""
-    return matrix * weights[:, None]
-
-
-def matrix_vector(matrix: Array, vector: Array) -> Array:
-    """A v; BLAS's gemv shares it out itself."""
-    return matrix @ vector
-
-
 def stacked(matrices: Sequence[Array]) -> Array:
     """Matrices of one shape as one array, their columns in a row as LAPACK leaves those of factors."""
     return cupy.stack([matrix.T for matrix in matrices]).swapaxes(-2, -1)
-
-
-def adjoining(matrices: Sequence[Array]) -> list[tuple[list[int], Array]]:
-    """None: nothing puts arrays of this library side by side."""
-    return []
 
 
 def address(array: Array) -> Any:
@@ -180,19 +158,3 @@ def positions(counts: Array) -> Array:
 def _alone(matrix: Array) -> Array:
     """A stack of one matrix as that matrix."""
     return matrix.reshape(matrix.shape[-2:]) if matrix.ndim > 2 and int(np.prod(matrix.shape[:-2])) == 1 else matrix
-
-
-def side_by_side(
-    function: Callable[..., Any],
-    arguments: Sequence[tuple[Any, ...]],
-    widths: Sequence[int],
-    like: Array,
-    effort: float,
-) -> list[Any]:
-    """``function(*one)`` for each of the arguments, one after the other."""
-    return [function(*one) for one in arguments]
-
-
-def small_factors(matrices: Sequence[Array], dampings: Sequence[float]) -> list[Array] | None:
-    """None: there is no better routine for small matrices."""
-    return None

@@ -52,8 +52,6 @@ def kernels(array: Array) -> Any:
     ------
     TypeError
         If it is no array of torch, CuPy or NumPy.
-    ConfigurationError
-        If a package that the kernels need is missing.
     """
     found = _KERNELS.get(type(array))
     return _load_kernels(array) if found is None else found

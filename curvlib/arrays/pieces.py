@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-__all__ = ["in_pieces", "rows_in_pieces"]
+__all__ = ["ALONE", "in_pieces", "rows_in_pieces"]
 
-_ALONE = 1 << 15
+ALONE = 1 << 15
 """Elements up to which torch gives an elementwise operation to one thread, on a CPU."""
 
 _WORTH_WAKING = 1 << 18
@@ -34,17 +34,17 @@ def in_pieces(*several: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
     for row in zip(*several, strict=True):
         several_views = _is_middle(row[0]) and all(one.is_contiguous() for one in row)
         for pieces, one in zip(cut, row, strict=True):
-            pieces += one.view(-1).split(_ALONE) if several_views else [one]
+            pieces += one.view(-1).split(ALONE) if several_views else [one]
     return cut
 
 
 def rows_in_pieces(matrix: Tensor) -> int:
     """How many rows of a matrix an elementwise operation should take at a time: all, but on a CPU for middle sizes."""
     n, d = matrix.shape
-    return max(1, _ALONE // d) if _is_middle(matrix) else n
+    return max(1, ALONE // d) if _is_middle(matrix) else n
 
 
 def _is_middle(tensor: Tensor) -> bool:
-    if not _ALONE < tensor.numel() < _WORTH_WAKING or not tensor.is_cpu or is_compiling():
+    if not ALONE < tensor.numel() < _WORTH_WAKING or not tensor.is_cpu or is_compiling():
         return False
     return not torch._C._are_functorch_transforms_active()  # inside them nothing is changed in place

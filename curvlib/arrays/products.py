@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from curvlib.arrays.linalg import add_product, product
 from curvlib.arrays.namespace import Array
 
-__all__ = ["Product", "evaluated"]
+__all__ = ["Product", "as_array", "evaluated"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,11 @@ class Product:
         add_product(total.reshape(self.shape), self.left, self.right, decay)
 
 
-def evaluated(arrays: Iterable[Array | Product]) -> list[Array]:
-    """Arrays as they are, and the values of products."""
-    return [array.value() if isinstance(array, Product) else array for array in arrays]
+def as_array(one: Array | Product) -> Array:
+    """An array as it is, or the value of a product."""
+    return one.value() if isinstance(one, Product) else one
+
+
+def evaluated(vector: Mapping[str, Array | Product]) -> dict[str, Array]:
+    """Block vector with the values of its products."""
+    return {name: as_array(one) for name, one in vector.items()}

@@ -14,6 +14,8 @@ from scipy.linalg import lapack
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from curvlib.arrays.pieces import ALONE
+
 __all__ = [
     "FAILURES",
     "cholesky",
@@ -34,9 +36,6 @@ _ROUTINES = {torch.float32: lapack.spotrf, torch.float64: lapack.dpotrf}
 _WOKEN_FOR = 128
 """Width of matrices whose Cholesky factors are there before a thread has woken, on a CPU."""
 
-_COPIED_ALONE = 1 << 15
-"""Elements up to which torch copies with one thread."""
-
 _WORTH_THREADS = 2e7
 """Sum of cubed widths of Cholesky factorisations from which threads of their own make up for their making, on a CPU."""
 
@@ -51,7 +50,7 @@ def cholesky(matrix: Tensor, wait: bool) -> tuple[Tensor, bool | Tensor]:
     """Lower factor, and whether it is one: a bool, or where nobody waits for the device, a tensor on it."""
     if _is_small(matrix):
         factor = _by_columns(matrix.shape, matrix).copy_(matrix.mT)  # the same, as they lie
-        if _factorized(factor.mT.view(-1, *matrix.shape[-2:]).numpy()):
+        if _factorized(factor):
             return factor, True if wait else torch.ones((), dtype=torch.bool)
     factor, info = torch.linalg.cholesky_ex(matrix)
     # LAPACK lets NaN through without a word; one anywhere in a row reaches the diagonal below it. A diagonal of square
@@ -69,14 +68,14 @@ def small_factors(matrices: Sequence[Tensor], dampings: Sequence[float]) -> list
     Which it is where a stack of them is small too: here every matrix is copied by itself, so that no thread is woken.
     """
     count, n = len(matrices), matrices[0].shape[-1]
-    if count * n * n <= _COPIED_ALONE or not all(map(_is_small, matrices)):
+    if count * n * n <= ALONE or not all(map(_is_small, matrices)):
         return None
     stack = _by_columns((count, n, n), matrices[0])
     arrays = stack.mT.numpy()
     for array, matrix in zip(arrays, matrices, strict=True):
         array[:] = matrix.numpy()
     arrays.reshape(count, -1)[:, :: n + 1] += np.asarray(dampings, dtype=arrays.dtype)[:, None]
-    return list(stack.unbind()) if _factorized(arrays) else None
+    return list(stack.unbind()) if _factorized(stack) else None
 
 
 def _by_columns(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -99,9 +98,9 @@ def _is_small(matrix: Tensor) -> bool:
     return not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 
 
-def _factorized(arrays: Any) -> bool:
-    """Put the transposed lower factor in place of each symmetric matrix, and tell whether all of them have one."""
-    potrf = _ROUTINES[torch.from_numpy(arrays).dtype]
+def _factorized(matrices: Tensor) -> bool:
+    """Put its lower factor in place of each of symmetric matrices by columns, and tell whether all of them have one."""
+    potrf, arrays = _ROUTINES[matrices.dtype], matrices.mT.view(-1, *matrices.shape[-2:]).numpy()
     for array in arrays:
         _, info = potrf(array.T, lower=1, clean=1, overwrite_a=1)
         if info:

@@ -122,7 +122,7 @@ class Factors(ABC):
 
     def rmatvec_lazily(self, weights: Array) -> dict[str, Array | Product]:
         """`rmatvec`, a parameter's part of which may be left as a product of two matrices."""
-        return dict(self.rmatvec(weights))
+        return self.rmatvec(weights)
 
     def combined(self, weights: Array, other: Factors, other_weights: Array) -> dict[str, Array]:
         """Jᵀ w + Oᵀ u for other Factors O of the same block and their row weights u."""

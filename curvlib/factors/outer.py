@@ -156,8 +156,7 @@ class OuterProduct(Factors):
         return (self.cotangents * outputs[:, None, :]).sum(axis=-1).reshape(-1)
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:
-        lazily = self.rmatvec_lazily(weights)
-        return dict(zip(lazily, evaluated(lazily.values()), strict=True))
+        return evaluated(self.rmatvec_lazily(weights))
 
     def rmatvec_lazily(self, weights: Array) -> dict[str, Array | Product]:
         result: dict[str, Array | Product] = {}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from curvlib.arrays import Array, Product, adjoining, alike, evaluated, matrix_vector, namespace, self_product
+from curvlib.arrays import Array, Product, adjoining, alike, matrix_vector, namespace, self_product
 from curvlib.factors.base import Factors
 from curvlib.factors.dense import Dense
 from curvlib.factors.scaled import unscaled
 
-__all__ = ["covariances", "grams", "rmatvecs", "rmatvecs_lazily"]
+__all__ = ["covariances", "grams", "rmatvecs"]
 
 _SMALL = 1 << 15
 """Elements up to which copying matrices together costs less than a call for each."""
@@ -51,16 +51,8 @@ def covariances(several: Sequence[Factors]) -> list[Array]:
 
 def rmatvecs(
     several: Sequence[Factors], weights: Sequence[Array], multiples: Sequence[float] | None = None
-) -> list[dict[str, Array]]:
-    """`Factors.rmatvec` of each of several blocks with its weights, and times its multiple, 1 if None."""
-    sums = rmatvecs_lazily(several, weights, multiples)
-    return [dict(zip(one, evaluated(one.values()), strict=True)) for one in sums]
-
-
-def rmatvecs_lazily(
-    several: Sequence[Factors], weights: Sequence[Array], multiples: Sequence[float] | None = None
 ) -> list[dict[str, Array | Product]]:
-    """`rmatvecs` by `Factors.rmatvec_lazily`."""
+    """`Factors.rmatvec_lazily` of each of several blocks with its weights, and times its multiple, 1 if None."""
     apart = [unscaled(factors) for factors in several]
     numbers = [scale * one for (_, scale), one in zip(apart, multiples or [1.0] * len(apart), strict=True)]
     scaled = [w if number == 1 else w * number for w, number in zip(weights, numbers, strict=True)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.arrays import evaluated
+from curvlib.arrays import as_array
 from curvlib.precond.transforms import Context, Direction, Transform
 
 __all__ = ["transformed"]
@@ -39,9 +39,9 @@ def transformed(
             same = sum(type(other) is type(transform) for other in transforms[:index])
             prefix = type(transform).__name__ + (str(same + 1) if same else "")
             buffers = {name: _buffers(state, f"{prefix}.{name}", context.parameters) for name in transform.buffers}
-            given: list[Any] = list(directions) if transform.takes_products else evaluated(directions)
+            given: list[Any] = [one if transform.takes_products else as_array(one) for one in directions]
             directions = transform.apply(given, context, buffers)
-    return evaluated(directions)
+    return [as_array(one) for one in directions]
 
 
 def _buffers(state: MutableMapping[Tensor, Any], key: str, parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.arrays import Vector, altered, deferred, dot, evaluated, is_finite, map_arrays, namespace, record
+from curvlib.arrays import Vector, altered, as_array, deferred, dot, evaluated, is_finite, map_arrays, namespace, record
 from curvlib.errors import CaptureError, CurvatureError
 from curvlib.factors import Factors
 from curvlib.layers import Block
@@ -303,8 +303,7 @@ def residual(solver: Solver, state: BlockState, rows: Factors, gradient: Vector)
 def natural_gradient(solver: Solver, state: BlockState, gradient: Vector | BlockGradient) -> dict[str, Tensor]:
     """Natural gradient of a block, in the dtypes of its gradient; half precision is solved in float32."""
     if isinstance(gradient, BlockGradient):
-        directions = natural_gradients({"": solver}, {"": state}, {"": gradient})[""]
-        return dict(zip(directions, evaluated(directions.values()), strict=True))
+        return evaluated(natural_gradients({"": solver}, {"": state}, {"": gradient})[""])
     if isinstance(state.inverse, PlainGradient):
         return {name: value / (state.damping or 1.0) for name, value in gradient.items()}
     natural = solver.solve(state.inverse, _wide(gradient))
@@ -356,8 +355,8 @@ def _finished(direction: Direction, scale: float, dtype: torch.dtype) -> Directi
     """Direction times a number, in the dtype of its parameter."""
     if scale == 1 and direction.dtype == dtype:
         return direction
-    (value,) = evaluated([direction])
-    return (value if scale == 1 else value * scale).to(dtype)  # type: ignore[no-any-return]  # a tensor
+    value: Tensor = as_array(direction)
+    return (value if scale == 1 else value * scale).to(dtype)
 
 
 def _wide(vector: Vector) -> dict[str, Tensor]:

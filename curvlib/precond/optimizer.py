@@ -266,7 +266,7 @@ class NaturalGradient(Deferring):
         sound = self._always and self.fisher.needs_backward
         directions = natural_gradients(renewal.solvers, curvature, gradients, later, lazily=sound)
         looked = {
-            name: dict(zip(direction, evaluated(direction.values()), strict=True))
+            name: evaluated(direction)
             for name, direction in directions.items()
             if not (sound and name in rows and renewal.solvers[name].exact)
         }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from curvlib.arrays import Product, evaluated, in_pieces
+from curvlib.arrays import Product, as_array, in_pieces
 from curvlib.errors import ConfigurationError
 from curvlib.hyperparameters import Checked
 
@@ -313,9 +313,9 @@ class Momentum(Transform):
     def apply(self, directions: Sequence[Direction], context: Context, buffers: Buffers) -> list[Tensor]:
         momentum, decays = buffers["momentum"], context.option("momentum", self.decay)
         if self.nesterov:
-            directions = evaluated(directions)
-            _decayed_sum(momentum, directions, decays)
-            return _foreach_sum(directions, momentum, decays)
+            whole = [as_array(one) for one in directions]
+            _decayed_sum(momentum, whole, decays)
+            return _foreach_sum(whole, momentum, decays)
         _decayed_sum(momentum, directions, decays)
         return momentum
 
@@ -349,23 +349,23 @@ class WeightDecay(Transform):
 
 def _decayed_sum(totals: list[Tensor], addends: Sequence[Direction], decays: list[float]) -> None:
     """``total ← decay · total + addend``, on a CPU in one pass over memory; a product in the pass that makes it."""
-    whole = []
+    rest: list[tuple[Tensor, Tensor, float]] = []
     for total, addend, decay in zip(totals, addends, decays, strict=True):
         # In a row, as totals lie that were loaded: elsewhere it is another kernel that makes the product.
         if isinstance(addend, Product) and total.dtype == addend.dtype and total.is_contiguous():
             addend.add_to(total, decay)
         else:
-            whole.append((total, addend, decay))
-    totals, decays = [total for total, _, _ in whole], [decay for _, _, decay in whole]
-    addends = evaluated(addend for _, addend, _ in whole)
+            rest.append((total, as_array(addend), decay))
+    totals, decays = [total for total, _, _ in rest], [decay for _, _, decay in rest]
+    others = [other for _, other, _ in rest]
     several = len(set(decays)) > 1 or is_compiling() or not all(total.is_cpu for total in totals)
-    if several or any(tensor.requires_grad for tensor in (*totals, *addends)):
+    if several or any(tensor.requires_grad for tensor in (*totals, *others)):
         torch._foreach_mul_(totals, decays)
-        torch._foreach_add_(totals, addends)
+        torch._foreach_add_(totals, others)
         return
     # In a row, as totals lie that were loaded: elsewhere the product is rounded before it is added.
-    for total, addend in zip(*in_pieces(totals, [one.contiguous() for one in addends]), strict=True):
-        torch.add(addend, total, alpha=decays[0], out=total)
+    for total, other in zip(*in_pieces(totals, [one.contiguous() for one in others]), strict=True):
+        torch.add(other, total, alpha=decays[0], out=total)
 
 
 def _foreach_sum(left: list[Tensor], right: list[Tensor], factors: list[float]) -> list[Tensor]:

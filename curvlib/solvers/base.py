@@ -141,7 +141,7 @@ class Solver(Checked, ABC):
         What comes next, such as momentum, adds it to something while it is made. Only methods that end with such a
         product override this.
         """
-        return [dict(natural) for natural in self.solve_all(inverses, gradients)]
+        return self.solve_all(inverses, gradients)
 
     @property
     def keeps_rows(self) -> bool:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from curvlib.arrays import Array, Product, Vector, device, evaluated
+from curvlib.arrays import Array, Product, Vector, evaluated
 from curvlib.factors import Factors
 from curvlib.factors.scaled import unscaled
-from curvlib.factors.together import rmatvecs_lazily
+from curvlib.factors.together import rmatvecs
 from curvlib.solvers.base import Gradient, as_vector, check_block, corrected, sample_space_pays, together_pays
 
-__all__ = ["Combined", "Explicit", "Mean", "System", "naturals", "naturals_lazily", "right_hand_sides", "system"]
+__all__ = ["Combined", "Explicit", "Mean", "System", "naturals", "right_hand_side", "system"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,56 +76,34 @@ def system(rows: Factors, damping: float, gradient: Gradient, own: bool) -> Syst
     return Explicit(base, vector, damping, -(scale**2) / (rows.normalizer * damping))
 
 
-def right_hand_sides(systems: Sequence[System]) -> list[Array]:
-    """Right-hand sides of the blocks' kernels, each of shape ``(rows,)``; some may be the same array."""
-    known: dict[Any, Array] = {}
-    sides = []
-    for one in systems:
-        if isinstance(one, Mean):
-            like = one.rows.like
-            kind = (len(one.rows), one.share, like.dtype, device(like))
-            if kind not in known:
-                known[kind] = one.rows.row_weights(one.share)
-            sides.append(known[kind])
-        else:
-            sides.append(_right_hand_side(one))
-    return sides
-
-
-def _right_hand_side(one: Explicit | Combined) -> Array:
+def right_hand_side(one: System) -> Array:
+    """Right-hand side of a block's kernel, shape ``(rows,)``."""
     if isinstance(one, Explicit):
         return one.rows.matvec(one.vector)
+    if isinstance(one, Mean):
+        return one.rows.row_weights(one.share)
     return one.rows.cross_gram(one.gradient) @ one.gradient.row_weights(1 / one.gradient.normalizer)
 
 
-def naturals(systems: Sequence[System], solutions: Sequence[Array]) -> list[dict[str, Array]]:
-    """Natural gradient of each block, from the solution w of its kernel."""
-    return _evaluated(naturals_lazily(systems, solutions))
-
-
-def naturals_lazily(systems: Sequence[System], solutions: Sequence[Array]) -> list[dict[str, Array | Product]]:
-    """`naturals`, where the mean of the kernel's own rows may be left as products of matrices."""
+def naturals(systems: Sequence[System], solutions: Sequence[Array]) -> list[dict[str, Array | Product]]:
+    """Natural gradient of each block, from the solution w of its kernel; the mean of its own rows may be products."""
     weighted = [(one, w) for one, w in zip(systems, solutions, strict=True) if not isinstance(one, Combined)]
     multiples = [one.multiple if isinstance(one, Explicit) else 1.0 for one, _ in weighted]
-    sums = iter(rmatvecs_lazily([one.rows for one, _ in weighted], [w for _, w in weighted], multiples))
+    sums = iter(rmatvecs([one.rows for one, _ in weighted], [w for _, w in weighted], multiples))
     results: list[dict[str, Array | Product]] = []
     explicit: dict[float, list[tuple[int, Vector]]] = {}
     for place, (one, w) in enumerate(zip(systems, solutions, strict=True)):
         if isinstance(one, Combined):
             ones = one.gradient.row_weights(1 / (one.gradient.normalizer * one.damping))
             combined = one.gradient.combined(ones, one.rows, w / (-one.rows.normalizer * one.damping))
-            results.append(dict(combined))
+            results.append(combined)
             continue
         results.append(next(sums))
         if isinstance(one, Explicit):
             explicit.setdefault(one.damping, []).append((place, one.vector))
     for damping, some in explicit.items():
-        corrections = _evaluated([results[place] for place, _ in some])
+        corrections = [evaluated(results[place]) for place, _ in some]
         made = corrected([vector for _, vector in some], corrections, damping)
         for (place, _), natural in zip(some, made, strict=True):
-            results[place] = dict(natural)
+            results[place] = natural
     return results
-
-
-def _evaluated(vectors: Sequence[Mapping[str, Array | Product]]) -> list[dict[str, Array]]:
-    return [dict(zip(one, evaluated(one.values()), strict=True)) for one in vectors]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-from curvlib.arrays import Array, Product, add_diagonal, cholesky, record
+from curvlib.arrays import Array, Product, add_diagonal, cholesky, evaluated, record
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Dense as DenseRows
 from curvlib.factors import Factors, Scaled
@@ -21,11 +21,9 @@ from curvlib.solvers.base import (
 )
 from curvlib.solvers.batched import cholesky_factors, kernel_solutions
 from curvlib.solvers.dense import Covariance, Dense, DenseInverse
-from curvlib.solvers.sample_space import System, naturals, naturals_lazily, right_hand_sides, system
+from curvlib.solvers.sample_space import naturals, right_hand_side, system
 
 __all__ = ["Woodbury", "WoodburyEstimate", "WoodburyInverse"]
-
-Naturals: TypeAlias = Callable[[Sequence[System], Sequence[Array]], list[Any]]
 
 
 @record
@@ -147,35 +145,35 @@ class Woodbury(Solver):
     def solve(self, inverse: WoodburyInverse | DenseInverse, gradient: Gradient) -> dict[str, Array]:
         if isinstance(inverse, DenseInverse):
             return Dense().solve(inverse, gradient)
-        return self._solved([inverse], [gradient], naturals)[0]  # type: ignore[no-any-return]  # of naturals
+        return evaluated(self._solved([inverse], [gradient])[0])
 
     def solve_all(self, inverses: Sequence[Any], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
         if type(self).solve is not Woodbury.solve:
             return super().solve_all(inverses, gradients)
-        return self._solved_apart(inverses, gradients, naturals)
+        return [evaluated(natural) for natural in self._solved_apart(inverses, gradients)]
 
     def solve_lazily(self, inverses: Sequence[Any], gradients: Sequence[Gradient]) -> list[dict[str, Array | Product]]:
         cls = type(self)
         if (cls.solve, cls.solve_all, cls.remember) != (Woodbury.solve, Woodbury.solve_all, Woodbury.remember):
             return super().solve_lazily(inverses, gradients)
-        return self._solved_apart(inverses, gradients, naturals_lazily)
+        return self._solved_apart(inverses, gradients)
 
-    def _solved_apart(self, inverses: Sequence[Any], gradients: Sequence[Gradient], naturals: Naturals) -> list[Any]:
+    def _solved_apart(self, inverses: Sequence[Any], gradients: Sequence[Gradient]) -> list[Any]:
         return _apart(
             [isinstance(inverse, DenseInverse) for inverse in inverses],
             lambda some: Dense().solve_all([inverses[p] for p in some], [gradients[p] for p in some]),
-            lambda some: self._solved([inverses[p] for p in some], [gradients[p] for p in some], naturals),
+            lambda some: self._solved([inverses[p] for p in some], [gradients[p] for p in some]),
         )
 
     def _solved(
-        self, inverses: Sequence[WoodburyInverse], gradients: Sequence[Gradient], naturals: Naturals
-    ) -> list[Any]:
+        self, inverses: Sequence[WoodburyInverse], gradients: Sequence[Gradient]
+    ) -> list[dict[str, Array | Product]]:
         systems = [
             system(inverse.factors, inverse.damping, gradient, own=self.exact)
             for inverse, gradient in zip(inverses, gradients, strict=True)
         ]
         factors = [inverse.factor for inverse in inverses]
-        return naturals(systems, kernel_solutions(factors, right_hand_sides(systems)))
+        return naturals(systems, kernel_solutions(factors, [right_hand_side(one) for one in systems]))
 
 
 def _apart(

@@ -108,7 +108,10 @@ def _check_products(factors: Factors, rows: Tensor, compare: Comparison) -> None
         "cross_gram of dense with it": (lambda: other.dense().cross_gram(factors), _matrix(other) @ rows.T),
         "matvec (J v)": (lambda: factors.matvec(vector), rows @ flat),
         "rmatvec (Jᵀ w)": (lambda: _flat(factors, factors.rmatvec(weights_in)), rows.T @ weights),
-        "rmatvec_lazily, multiplied out": (lambda: _flat(factors, _multiplied(factors, weights_in)), rows.T @ weights),
+        "rmatvec_lazily, multiplied out": (
+            lambda: _flat(factors, evaluated(factors.rmatvec_lazily(weights_in))),
+            rows.T @ weights,
+        ),
         "combined (Jᵀ w + Oᵀ u)": (
             lambda: _flat(factors, factors.combined(weights_in, other, other.row_weights(0.5))),
             rows.T @ weights + 0.5 * _matrix(other).sum(0),
@@ -125,11 +128,6 @@ def _check_products(factors: Factors, rows: Tensor, compare: Comparison) -> None
     results = {"gram()": lambda: {"": factors.gram()}, "rmatvec": lambda: factors.rmatvec(weights_in)}
     for quantity, make in results.items():
         _check_new_arrays(quantity, make, lambda: [numbers(weights_in), _matrix(factors)], compare)
-
-
-def _multiplied(factors: Factors, weights: Array) -> dict[str, Array]:
-    made = factors.rmatvec_lazily(weights)
-    return dict(zip(made, evaluated(made.values()), strict=True))
 
 
 def _check_new_arrays(

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kinds import KINDS, close, matrix, numbers
 
-from curvlib.arrays import torch_kernels
+from curvlib.arrays import evaluated, torch_kernels
 from curvlib.factors import Dense, Scaled
-from curvlib.factors.together import covariances, grams, rmatvecs
+from curvlib.factors.together import covariances, grams
+from curvlib.factors.together import rmatvecs as rmatvecs_lazily
 
 LIBRARIES = ("torch", "numpy")
 
@@ -24,6 +25,10 @@ def blocks(library):
     large = [explicit(library, 40, 30, 40, seed=seed) for seed in (3, 4)]
     kinds = [make(library, 1) for name, make in KINDS.items() if "convolution" not in name or library == "torch"]
     return [*equal, *kinds, *large, explicit(library, 6, 3, 2, seed=5)]
+
+
+def rmatvecs(*arguments):
+    return [evaluated(one) for one in rmatvecs_lazily(*arguments)]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
