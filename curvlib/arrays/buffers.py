@@ -17,8 +17,11 @@ from curvlib.arrays.namespace import Array
 
 __all__ = ["Buffers"]
 
-_LARGE = 32 << 20
-"""Bytes from which on glibc asks the system for memory each time, and gets it page by page, zeroed."""
+_LARGE = 16 << 20
+"""Bytes from which on glibc soon asks the system for memory each time, and gets it page by page, zeroed."""
+
+_TOGETHER = 32 << 20
+"""Bytes that tensors which lie side by side have together at most."""
 
 SIDE_BY_SIDE = range(1 << 20, (8 << 20) + 1)
 """Bytes of tensors that share memory with others of their shape; products of others gain little from it, or nothing."""
@@ -49,6 +52,7 @@ class Buffers:
         self._asked: dict[_Kind, int] = {}  # how many of a kind this round has asked for
         self._expected: dict[_Kind, int] = {}  # and the last round that asked for any
         self._parts: dict[_Kind, list[Tensor]] = {}  # made, and not yet asked for
+        self._lent = False  # whether this round took memory
 
     def __len__(self) -> int:
         return len(self._memory)
@@ -82,12 +86,17 @@ class Buffers:
         return torch.bmm(first, second, out=self.empty(first, shape))
 
     def trim(self) -> None:
-        """End a round: let go of memory that nobody holds."""
+        """End a round: let go of memory that it left and nobody holds.
+
+        A round that took none leaves all for the next: rows that are made anew every tenth step need as much again.
+        """
         self._parts.clear()
         if self._asked:
             self._expected, self._asked = self._asked, {}
-        while self._unused() is not None:
-            pass
+        if self._lent:
+            self._lent = False
+            while self._unused() is not None:
+                pass
 
     def restart(self) -> None:
         """Begin the round anew: what it asked for was in vain."""
@@ -96,6 +105,7 @@ class Buffers:
 
     def _taken_again(self, like: Tensor, shape: tuple[int, ...], size: int) -> Tensor:
         """Return a tensor of memory that nobody holds any more, or of new memory that will be lent again."""
+        self._lent = True
         memory = self._unused(size)
         if memory is None:
             # Not NumPy's own: it asks for huge pages, which the system may have to put together first.
@@ -115,7 +125,7 @@ class Buffers:
             if coming < 2:
                 return like.new_empty(shape)
             # No more at once than the memory that glibc keeps, and evenly.
-            together = -(-coming // -(-coming // ((_LARGE - 1) // size)))
+            together = -(-coming // -(-coming // ((_TOGETHER - 1) // size)))
             self._parts[kind] = list(self._taken_again(like, (together, *shape), together * size).unbind())
         # The last first, since backward asks for the last block's first.
         return self._parts[kind].pop()

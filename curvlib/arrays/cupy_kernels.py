@@ -25,6 +25,7 @@ from curvlib.arrays.plain_kernels import (
     scaled_rows,
     side_by_side,
     small_factors,
+    sum_of_squares,
 )
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "self_product",
     "side_by_side",
     "small_factors",
+    "sum_of_squares",
     "triangular_solve",
 ]
 

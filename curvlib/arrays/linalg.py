@@ -31,6 +31,7 @@ __all__ = [
     "side_by_side",
     "small_factors",
     "stacked",
+    "sum_of_squares",
     "trace",
     "triangular_solve",
     "widen",
@@ -287,3 +288,8 @@ def widen(array: Array) -> Array:
     """Return `array` in float64."""
     xp = namespace(array)
     return xp.astype(array, xp.float64)
+
+
+def sum_of_squares(array: Array) -> Array:
+    """Σ over the first axis of x²; the array may be overwritten."""
+    return kernels(array).sum_of_squares(array)

@@ -30,11 +30,15 @@ def in_pieces(*several: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
     tuple
         A list for each. A tensor is cut if its shape is of middle size, and if it and all in its place are contiguous.
     """
-    cut: tuple[list[Tensor], ...] = tuple([] for _ in several)
-    for row in zip(*several, strict=True):
-        several_views = _is_middle(row[0]) and all(one.is_contiguous() for one in row)
-        for pieces, one in zip(cut, row, strict=True):
-            pieces += one.view(-1).split(ALONE) if several_views else [one]
+    if len({len(tensors) for tensors in several}) > 1:
+        counts = ", ".join(str(len(tensors)) for tensors in several)
+        raise ValueError(f"lists of {counts} tensors have no common places, they need equal lengths")
+    cut = tuple(list(tensors) for tensors in several)
+    # From the end, so that places before stay as they are. Most lists have few or none of middle size.
+    for place in reversed([place for place, one in enumerate(several[0]) if _is_middle(one)]):
+        if all(tensors[place].is_contiguous() for tensors in several):
+            for pieces in cut:
+                pieces[place : place + 1] = torch.split(pieces[place].view(-1), ALONE)
     return cut
 
 

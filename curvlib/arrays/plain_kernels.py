@@ -14,6 +14,7 @@ __all__ = [
     "scaled_rows",
     "side_by_side",
     "small_factors",
+    "sum_of_squares",
 ]
 
 Array = Any
@@ -66,3 +67,9 @@ def side_by_side(
 def small_factors(matrices: Sequence[Array], dampings: Sequence[float]) -> list[Array] | None:
     """None: there is no better routine for small matrices."""
     return None
+
+
+def sum_of_squares(array: Array) -> Array:
+    """Σ over the first axis of x², in the memory of the array."""
+    array *= array
+    return array.sum(axis=0)

@@ -45,6 +45,7 @@ __all__ = [
     "self_product",
     "side_by_side",
     "small_factors",
+    "sum_of_squares",
     "triangular_solve",
 ]
 
@@ -77,8 +78,7 @@ def add_diagonal(matrix: Tensor, value: Tensor | float, copy: bool) -> Tensor:
 def add_multiples(arrays: Sequence[Tensor], others: Sequence[Tensor], multiple: float) -> list[Tensor]:
     """A + multiple · B. All in a row, for elsewhere the product is rounded before it is added."""
     totals = [array.contiguous() for array in arrays]
-    for piece, addend in zip(*in_pieces(totals, [other.contiguous() for other in others]), strict=True):
-        piece.add_(addend, alpha=multiple)
+    torch._foreach_add_(*in_pieces(totals, [other.contiguous() for other in others]), alpha=multiple)
     return totals
 
 
@@ -91,6 +91,13 @@ def scaled_rows(matrix: Tensor, weights: Tensor) -> Tensor:
     for piece in (slice(start, start + step) for start in range(0, n, step)):
         torch.mul(matrix[piece], column[piece], out=result[piece])
     return result
+
+
+def sum_of_squares(array: Tensor) -> Tensor:
+    """Σ over the first axis of x², in the memory of the array where that is safe: new memory comes page by page."""
+    if array.requires_grad or is_compiling() or torch._C._are_functorch_transforms_active():
+        return array.square().sum(0)
+    return array.square_().sum(0)
 
 
 def _by_matrix(value: Tensor | float) -> Tensor | float:

@@ -13,7 +13,8 @@ from typing_extensions import Self
 
 from curvlib.arrays import Array, Product, Vector, altered, device, map_arrays, namespace, nbytes, record
 from curvlib.errors import ConfigurationError
-from curvlib.factors.kronecker import KroneckerLayout, KroneckerPair, KroneckerRows, rotated_row_squares
+from curvlib.factors.kronecker import KroneckerLayout, KroneckerPair, KroneckerRows
+from curvlib.factors.rotation import rotated_row_squares
 
 if TYPE_CHECKING:
     from curvlib.factors.dense import Dense

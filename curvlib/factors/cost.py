@@ -18,6 +18,7 @@ __all__ = [
     "list_chunk",
     "pairs_beat_rows",
     "pairs_worth_a_table",
+    "rotated_chunk",
     "rotates_positions",
     "rows_are_cheaper_to_keep",
     "sample_chunk",
@@ -46,6 +47,9 @@ _GROUPED = 5 << 19
 
 _UNFOLDED = 1 << 20
 """Elements of patches up to which they are made for all samples at once (4 MiB in float32)."""
+
+_ROTATED = 5 << 19
+"""Elements of rows up to which they are still in the cache when they are squared (10 MiB in float32)."""
 
 _KEEP = 24
 """Positions from which explicit rows, read once, beat factored products that touch every position."""
@@ -145,6 +149,12 @@ class PositionsFirst(NamedTuple):
 def rotates_positions(sizes: Sizes) -> PositionsFirst:
     """Where the two bases of rotated rows are applied: to positions or to rows, whichever have fewer vectors."""
     return PositionsFirst(sizes.positions < sizes.columns * sizes.d_out, sizes.positions < sizes.d_in)
+
+
+def rotated_chunk(elements: int, n: int) -> int:
+    """Samples whose rows, of so many elements each, are made and squared at a time; n of them in even parts."""
+    parts = -(-n * elements // _ROTATED)
+    return -(-n // min(max(parts, 1), n))
 
 
 def sample_chunk(elements: int) -> int:

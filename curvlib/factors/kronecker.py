@@ -8,7 +8,7 @@ from math import prod
 
 from curvlib.arrays import Array, Vector, namespace, record, self_product
 
-__all__ = ["KroneckerLayout", "KroneckerPair", "KroneckerRows", "bordered", "rotated_row_squares"]
+__all__ = ["KroneckerLayout", "KroneckerPair", "KroneckerRows", "bordered"]
 
 
 @record
@@ -155,25 +155,3 @@ def bordered(second: Array, mean: Array) -> Array:
     top = xp.concat([second, mean[:, :, None]], axis=2)
     bottom = xp.concat([mean[:, None, :], xp.ones_like(mean[:, None, :1])], axis=2)
     return xp.concat([top, bottom], axis=1)
-
-
-def rotated_row_squares(rows: Array, inputs: Array | None, cotangents: Array | None) -> Array:
-    """``Σ_i (Q_Gᵀ W_i Q_A)²`` for explicit rows W, shape ``(groups, d_out, d)``.
-
-    Parameters
-    ----------
-    rows
-        Shape ``(rows, groups, d_out, d)``.
-    inputs, cotangents
-        Q_A, shape ``(groups, d, d)``, and Q_G, shape ``(groups, d_out, d_out)``; None for what the rows have had.
-    """
-    xp = namespace(rows)
-    if cotangents is not None:
-        rows = xp.matrix_transpose(cotangents) @ rows
-    if inputs is not None:
-        # One large product where the basis is the same for all.
-        if inputs.shape[0] == 1:
-            rows = (rows.reshape(-1, rows.shape[3]) @ inputs[0]).reshape(rows.shape)
-        else:
-            rows = rows @ inputs
-    return xp.square(rows).sum(axis=0)

@@ -204,7 +204,8 @@ class OuterProduct(Factors):
     def rotated_squares(self, inputs: Array, cotangents: Array) -> Array:
         apart = self.kronecker_rows()
         a = apart.project_inputs(inputs)[0]
-        g = (self.cotangents @ cotangents[0]).reshape(self.cotangents.shape)
+        # Flat, since a stack of rows may be multiplied row by row.
+        g = product(self._flat_cotangents(), cotangents[0]).reshape(self.cotangents.shape)
         squares = (g * g).sum(axis=1)
         if self.weight is None:
             return squares.sum(axis=0)[None, :, None]

@@ -7,13 +7,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from curvlib.arrays import TRANSIENT, Array, Vector, altered, contract, namespace
+from curvlib.arrays import TRANSIENT, Array, Vector, altered, contract, namespace, product
 from curvlib.errors import ConfigurationError
 from curvlib.factors import cost
 from curvlib.factors.base import Factors, Sharing, joint_samples
 from curvlib.factors.dense import Dense, spread
-from curvlib.factors.kronecker import KroneckerLayout, KroneckerRows, rotated_row_squares
+from curvlib.factors.kronecker import KroneckerLayout, KroneckerRows
 from curvlib.factors.plan import BlockPlan
+from curvlib.factors.rotation import aligned, rotated_product_squares, rotated_row_squares
 
 __all__ = ["SharedOuter"]
 
@@ -215,24 +216,30 @@ class SharedOuter(Factors):
 
     def _rotated_squares(self, a: Array, g: Array, inputs: Array, cotangents: Array) -> Array:
         """`rotated_squares` of some samples: each basis is applied to positions or to rows, whichever are fewer."""
-        d_in, groups = self.inputs.shape[3], self.inputs.shape[2]
+        xp, groups = namespace(a), self.inputs.shape[2]
         positions_first = cost.rotates_positions(self.sizes)
         if positions_first.cotangents:
             g = contract("ncrgo,gop->ncrgp", g, cotangents)
+        then = None if positions_first.cotangents else cotangents
         if positions_first.inputs:
-            a = contract("nrgi,gij->nrgj", a, inputs[:, :d_in])
-            if self.bias is not None:
-                a = a + inputs[:, d_in]
+            a, d = xp.permute_dims(self._rotated_inputs(a, inputs), (0, 2, 1, 3)), inputs.shape[2]
+            return rotated_product_squares(xp.permute_dims(g, (0, 1, 3, 4, 2)), a, then)[:, :, :d]
         rows = contract("ncrgo,nrgi->ncgoi", g, a)
         rows = rows.reshape(-1, groups, *rows.shape[3:])
-        if self.bias is not None and not positions_first.inputs:
-            summed = g.sum(axis=2).reshape(*rows.shape[:3], 1)
-            rows = namespace(rows).concat([rows, summed], axis=3)
-        return rotated_row_squares(
-            rows,
-            None if positions_first.inputs else inputs,
-            None if positions_first.cotangents else cotangents,
-        )
+        if self.bias is not None:
+            rows = xp.concat([rows, g.sum(axis=2).reshape(*rows.shape[:3], 1)], axis=3)
+        return rotated_row_squares(rows, inputs, then)
+
+    def _rotated_inputs(self, a: Array, basis: Array) -> Array:
+        """Inputs in a basis, that of the bias with them, shape ``(n, positions, groups, d)`` or a little wider."""
+        basis, d_in = aligned(basis), self.inputs.shape[3]
+        if basis.shape[0] == 1:
+            rotated = product(a.reshape(-1, d_in), basis[0, :d_in]).reshape(*a.shape[:3], -1)
+        else:
+            rotated = contract("nrgi,gij->nrgj", a, basis[:, :d_in])
+        if self.bias is not None:
+            rotated += basis[:, d_in]
+        return rotated
 
     def rows(self, index: Array) -> SharedOuter:
         flat = self.cotangents.reshape(len(self), 1, *self.cotangents.shape[2:])

@@ -16,8 +16,9 @@ from curvlib.arrays import TRANSIENT, Array, Vector, altered
 from curvlib.factors import Dense, Factors, KroneckerLayout, KroneckerPair, KroneckerRows, Scaled, SharedOuter, cost
 from curvlib.factors.base import Sharing, joint_samples
 from curvlib.factors.dense import spread
-from curvlib.factors.kronecker import bordered, rotated_row_squares
+from curvlib.factors.kronecker import bordered
 from curvlib.factors.plan import BlockPlan
+from curvlib.factors.rotation import rotated_product_squares, rotated_row_squares
 from curvlib.factors.shared import rename
 from curvlib.layers.autocorrelation import Kernel, patch_moments, patch_sums, position_moments, windows
 from curvlib.layers.linear import trainable
@@ -201,11 +202,12 @@ class ConvolutionFactors(Factors):
         if self.weight is None:
             return self.dense().matvec(vector)
         bias = None if self.bias is None else vector[self.bias]
-        convolve = _CONVOLUTIONS[len(self.stride)]
-        outputs = convolve(
-            self.images, vector[self.weight], bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        outputs = self._convolved(self.images, vector[self.weight], bias)
         return (self.cotangents * outputs[:, None]).flatten(2).sum(-1).reshape(-1)
+
+    def _convolved(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        convolve = _CONVOLUTIONS[len(self.stride)]
+        return convolve(images, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:
         weighted = self._weighted(weights).cotangents.sum(dim=1)
@@ -252,19 +254,34 @@ class ConvolutionFactors(Factors):
         return bordered(moments, total.reshape(self.groups, -1) / rows)
 
     def rotated_squares(self, inputs: Array, cotangents: Array) -> Array:
+        if self.weight is None:
+            return self.patches().rotated_squares(inputs, cotangents)
         sizes = self.sizes
         positions_first = cost.rotates_positions(sizes)
-        if self.weight is None or positions_first.inputs:
-            return self.patches().rotated_squares(inputs, cotangents)
+        # Samples whose rows, or whose positions in the basis of the inputs, are made at a time.
+        step = cost.sample_chunk(sizes.positions * inputs[..., 0].numel() if positions_first.inputs else sizes.row_size)
         total: Array = 0
-        step = cost.sample_chunk(sizes.row_size)
         for start in range(0, sizes.n, step):
             images, g = self.images[start : start + step], self.cotangents[start : start + step]
+            g = g.reshape(*g.shape[:2], self.groups, sizes.d_out, -1)
             if positions_first.cotangents:
-                g = torch.matmul(cotangents.mT, g.reshape(*g.shape[:2], self.groups, sizes.d_out, -1)).reshape(g.shape)
-            rows = self._layout().matrix(dataclasses.replace(self, images=images, cotangents=g).dense().values)
-            total = total + rotated_row_squares(rows, inputs, None if positions_first.cotangents else cotangents)
+                g = cotangents.mT @ g
+            then = None if positions_first.cotangents else cotangents
+            if positions_first.inputs:
+                total = total + rotated_product_squares(g, self._rotated_inputs(images, inputs), then)
+            else:
+                part = dataclasses.replace(
+                    self, images=images, cotangents=g.reshape(len(g), -1, *self.cotangents.shape[2:])
+                )
+                total = total + rotated_row_squares(self._layout().matrix(part.dense().values), inputs, then)
         return total
+
+    def _rotated_inputs(self, images: Tensor, basis: Tensor) -> Tensor:
+        """Patches in a basis, shape ``(n, groups, positions, d)``: what its vectors respond with, as filters."""
+        d, d_in = basis.shape[2], self.sizes.d_in
+        filters = basis[:, :d_in].mT.reshape(-1, *self.weight_shape[1:])
+        bias = None if self.bias is None else basis[:, d_in].reshape(-1)
+        return self._convolved(images, filters, bias).reshape(len(images), self.groups, d, -1).mT
 
     def rows(self, index: Array) -> ConvolutionFactors:
         flat = self.cotangents.reshape(len(self), 1, *self.cotangents.shape[2:])

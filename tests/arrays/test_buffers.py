@@ -47,6 +47,21 @@ def test_only_memory_of_the_same_size_is_taken_again_and_trim_lets_go_the_rest()
     assert (held.shape, other.shape) == ((5,), (7,))
 
 
+def test_a_round_that_takes_no_memory_leaves_all_for_the_next():
+    pool = Buffers()
+    old = pool.empty(LIKE, (5,))
+    pool.trim()
+    place = old.data_ptr()
+    del old
+    for _ in range(3):
+        pool.trim()
+    assert len(pool) == 1
+    new = pool.empty(LIKE, (5,))
+    assert new.data_ptr() == place
+    pool.trim()
+    assert len(pool) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_dtype_and_shape(dtype):
     made = Buffers().empty(torch.zeros(1, dtype=dtype), (2, 3, 5))
@@ -116,7 +131,8 @@ def one_behind_the_other(first, second):
 class TestSideBySide:
     @pytest.fixture(autouse=True)
     def nothing_is_large(self, monkeypatch):
-        monkeypatch.setattr(buffers, "_LARGE", 1 << 10)
+        for name in ("_LARGE", "_TOGETHER"):
+            monkeypatch.setattr(buffers, name, 1 << 10)
 
     def test_from_the_second_round_on_and_the_last_asked_for_lies_first(self):
         pool = Buffers()
@@ -321,19 +337,15 @@ def test_rows_that_lie_side_by_side_train_alike_and_resume_bit_for_bit(monkeypat
         torch.testing.assert_close(mine, theirs)
 
 
-def test_as_many_buffers_as_two_steps_need_and_none_without_new_rows():
-    model, optimizer, seen = trained(8, 1)
-    seen.clear()
+@pytest.mark.parametrize("refresh", [1, 3])
+def test_as_many_buffers_as_two_refreshes_need(refresh):
+    model, optimizer = trained(8, refresh)[:2]
     counts = []
-    for _ in range(3):
+    for _ in range(3 * refresh):
         optimizer.zero_grad()
         functional.cross_entropy(model(torch.randn(6, 2, 9, 9)), torch.arange(6) % 2).backward()
         optimizer.step()
         counts.append(len(optimizer.plan.buffers))
-    assert counts[0] == counts[1] == counts[2]
-    optimizer.refresh = curvlib.Every(100)
-    for _ in range(3):
-        optimizer.zero_grad()
-        functional.cross_entropy(model(torch.randn(6, 2, 9, 9)), torch.arange(6) % 2).backward()
-        optimizer.step()
-    assert len(optimizer.plan.buffers) == counts[0] // 2
+    held = sum(lent.view() is not None for lent in optimizer.plan.buffers._memory)
+    assert set(counts[refresh:]) == {counts[-1]}
+    assert held < counts[-1] <= 2 * held

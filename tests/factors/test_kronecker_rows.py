@@ -94,6 +94,7 @@ def test_moments_in_a_basis_whatever_is_rotated_first(kind, inputs, cotangents, 
     monkeypatch.setattr(cost, "rotates_positions", lambda sizes: cost.PositionsFirst(inputs, cotangents))
     if chunked:
         monkeypatch.setattr(cost, "_TEMPORARY", 1)
+        monkeypatch.setattr(cost, "_ROTATED", 1)
     close(factors.rotated_squares(*basis), expected)
 
 
