@@ -15,6 +15,7 @@ __all__ = [
     "add_multiples",
     "add_product",
     "adjoining",
+    "aligned_product",
     "alike",
     "cholesky",
     "cholesky_inverse",
@@ -188,6 +189,11 @@ def scaled_rows(matrix: Array, weights: Array) -> Array:
 def product(first: Array, second: Array) -> Array:
     """A B for matrices, shapes ``(…, m, k)`` and ``(…, k, n)``, shared out to cores better than `@` does small ones."""
     return kernels(first).product(first, second)
+
+
+def aligned_product(first: Array, second: Array) -> Array:
+    """`product`, whose result may lie with gaps between its rows: for what is multiplied again, and not kept."""
+    return kernels(first).aligned_product(first, second)
 
 
 def add_product(total: Array, first: Array, second: Array, decay: float) -> None:

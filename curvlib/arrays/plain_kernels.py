@@ -9,6 +9,7 @@ __all__ = [
     "add_multiples",
     "add_product",
     "adjoining",
+    "aligned_product",
     "matrix_vector",
     "product",
     "scaled_rows",
@@ -36,6 +37,11 @@ def add_product(total: Array, first: Array, second: Array, decay: float) -> None
 def adjoining(matrices: Sequence[Array]) -> list[tuple[list[int], Array]]:
     """None: nothing puts arrays of this library side by side."""
     return []
+
+
+def aligned_product(first: Array, second: Array) -> Array:
+    """A B, wherever it lies."""
+    return first @ second
 
 
 def matrix_vector(matrix: Array, vector: Array) -> Array:

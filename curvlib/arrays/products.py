@@ -14,14 +14,27 @@ __all__ = ["Product", "as_array", "evaluated"]
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """A B for matrices A, shape ``(m, k)``, and B, shape ``(k, n)``. Both have to stay as they are until it is used."""
+    """A B for matrices A and B, which have to stay as they are until it is used.
+
+    Parameters
+    ----------
+    left, right
+        A, shape ``(m, k)``, and B, shape ``(k, n)``.
+    shaped
+        Shape that the product is brought to, ``(m, n)`` if None.
+    """
 
     left: Array
     right: Array
+    shaped: tuple[int, ...] | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """``(m, n)``."""
+    def shape(self) -> tuple[int, ...]:
+        """That of the value."""
+        return self._matrix if self.shaped is None else self.shaped
+
+    @property
+    def _matrix(self) -> tuple[int, int]:
         return int(self.left.shape[0]), int(self.right.shape[1])
 
     @property
@@ -30,12 +43,12 @@ class Product:
         return self.right.dtype
 
     def value(self) -> Array:
-        """The matrix itself, a new array."""
-        return product(self.left, self.right)
+        """What it stands for, a new array."""
+        return product(self.left, self.right).reshape(self.shape)
 
     def add_to(self, total: Array, decay: float) -> None:
         """``total ← decay · total + A B`` in place; `total` has as many elements, in a row."""
-        add_product(total.reshape(self.shape), self.left, self.right, decay)
+        add_product(total.reshape(self._matrix), self.left, self.right, decay)
 
 
 def as_array(one: Array | Product) -> Array:

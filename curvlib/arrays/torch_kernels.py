@@ -30,6 +30,7 @@ __all__ = [
     "add_product",
     "address",
     "adjoining",
+    "aligned_product",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",
@@ -95,9 +96,14 @@ def scaled_rows(matrix: Tensor, weights: Tensor) -> Tensor:
 
 def sum_of_squares(array: Tensor) -> Tensor:
     """Σ over the first axis of x², in the memory of the array where that is safe: new memory comes page by page."""
-    if array.requires_grad or is_compiling() or torch._C._are_functorch_transforms_active():
-        return array.square().sum(0)
-    return array.square_().sum(0)
+    return array.square_().sum(0) if _may_write(array) else array.square().sum(0)
+
+
+def _may_write(*tensors: Tensor) -> bool:
+    """Whether nothing that follows operations on these tensors minds results in memory that is given."""
+    if is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not any(tensor.requires_grad for tensor in tensors)
 
 
 def _by_matrix(value: Tensor | float) -> Tensor | float:
@@ -111,6 +117,19 @@ def product(first: Tensor, second: Tensor) -> Tensor:
         return product(first[0], second[0])[None]
     parts = _shares(first, second) if first.ndim == second.ndim == 2 else None
     return first @ second if parts is None else torch.bmm(*parts).flatten(0, 1)
+
+
+def aligned_product(first: Tensor, second: Tensor) -> Tensor:
+    """A B; on a CPU with rows that begin at a line of the cache, so not contiguous, where the product is large."""
+    if first.ndim == 3 and first.shape[0] == second.shape[0] == 1:
+        return aligned_product(first[0], second[0])[None]
+    if first.ndim != 2 or second.ndim != 2 or first.device.type != "cpu" or not _may_write(first, second):
+        return product(first, second)
+    (m, k), n = first.shape, second.shape[1]
+    rest = -n % (_LINE // first.element_size())
+    if rest == 0 or m * k * n < _SHARED.stop:
+        return product(first, second)
+    return torch.mm(first, second, out=first.new_empty(m, n + rest)[:, :n])
 
 
 def add_product(total: Tensor, first: Tensor, second: Tensor, decay: float) -> None:

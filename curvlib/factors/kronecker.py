@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from curvlib.arrays import Array, Vector, namespace, record, self_product
+from curvlib.arrays import Array, Vector, aligned_product, namespace, record, self_product
 
 __all__ = ["KroneckerLayout", "KroneckerPair", "KroneckerRows", "bordered"]
 
@@ -131,8 +131,10 @@ class KroneckerRows:
         if self.layout.weight is None:
             return basis
         if self.layout.bias is None:
-            return self.inputs @ basis
-        return self.inputs @ basis[:, :-1] + basis[:, -1:]
+            return aligned_product(self.inputs, basis)
+        projected = aligned_product(self.inputs, basis[:, :-1])
+        projected += basis[:, -1:]
+        return projected
 
 
 def _moments(rows: Array) -> Array:

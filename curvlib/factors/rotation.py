@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from curvlib.arrays import Array, namespace, product, sum_of_squares
+from curvlib.arrays import Array, aligned_product, namespace, sum_of_squares
 from curvlib.factors import cost
 
-__all__ = ["aligned", "rotated_product_squares", "rotated_row_squares"]
-
-_LINE = 64
-"""Bytes of a line of the cache; products whose rows do not begin at one take up to 1.4 times as long."""
-
-_WORTH = 8
-"""How much wider than its padding a matrix has to be."""
+__all__ = ["rotated_product_squares", "rotated_row_squares"]
 
 
 def rotated_row_squares(rows: Array, inputs: Array | None, cotangents: Array | None) -> Array:
@@ -28,12 +22,11 @@ def rotated_row_squares(rows: Array, inputs: Array | None, cotangents: Array | N
         rows = namespace(rows).matrix_transpose(cotangents) @ rows
     if inputs is None:
         return sum_of_squares(rows)
-    basis, d = aligned(inputs), inputs.shape[2]
-    if basis.shape[0] > 1:
-        return sum_of_squares(rows @ basis)[:, :, :d]
+    if inputs.shape[0] > 1:
+        return sum_of_squares(rows @ inputs)
     # One large product where the basis is the same for all.
-    rotated = product(rows.reshape(-1, d), basis[0]).reshape(*rows.shape[:3], -1)
-    return sum_of_squares(rotated)[:, :, :d]
+    rotated = aligned_product(rows.reshape(-1, rows.shape[3]), inputs[0])
+    return sum_of_squares(rotated.reshape(rows.shape))
 
 
 def rotated_product_squares(cotangents: Array, inputs: Array, basis: Array | None) -> Array:
@@ -60,19 +53,3 @@ def rotated_product_squares(cotangents: Array, inputs: Array, basis: Array | Non
             rows = (xp.matrix_transpose(basis)[:, None] @ apart).reshape(rows.shape)
         total = total + sum_of_squares(rows)
     return total.reshape(groups, columns, d_out, -1).sum(axis=1)
-
-
-def aligned(basis: Array) -> Array:
-    """Matrices with columns of zeros behind their own, up to a line of the cache where that is not far.
-
-    Parameters
-    ----------
-    basis
-        Shape ``(groups, d, k)``.
-    """
-    width = int(basis.shape[2])
-    rest = -width % max(1, _LINE // int(basis.dtype.itemsize))
-    if rest == 0 or rest * _WORTH > width:
-        return basis
-    xp = namespace(basis)
-    return xp.concat([basis, xp.zeros_like(basis[:, :, :rest])], axis=2)

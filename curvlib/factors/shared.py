@@ -7,14 +7,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from curvlib.arrays import TRANSIENT, Array, Vector, altered, contract, namespace, product
+from curvlib.arrays import TRANSIENT, Array, Vector, aligned_product, altered, contract, namespace
 from curvlib.errors import ConfigurationError
 from curvlib.factors import cost
 from curvlib.factors.base import Factors, Sharing, joint_samples
 from curvlib.factors.dense import Dense, spread
 from curvlib.factors.kronecker import KroneckerLayout, KroneckerRows
 from curvlib.factors.plan import BlockPlan
-from curvlib.factors.rotation import aligned, rotated_product_squares, rotated_row_squares
+from curvlib.factors.rotation import rotated_product_squares, rotated_row_squares
 
 __all__ = ["SharedOuter"]
 
@@ -222,8 +222,8 @@ class SharedOuter(Factors):
             g = contract("ncrgo,gop->ncrgp", g, cotangents)
         then = None if positions_first.cotangents else cotangents
         if positions_first.inputs:
-            a, d = xp.permute_dims(self._rotated_inputs(a, inputs), (0, 2, 1, 3)), inputs.shape[2]
-            return rotated_product_squares(xp.permute_dims(g, (0, 1, 3, 4, 2)), a, then)[:, :, :d]
+            a = xp.permute_dims(self._rotated_inputs(a, inputs), (0, 2, 1, 3))
+            return rotated_product_squares(xp.permute_dims(g, (0, 1, 3, 4, 2)), a, then)
         rows = contract("ncrgo,nrgi->ncgoi", g, a)
         rows = rows.reshape(-1, groups, *rows.shape[3:])
         if self.bias is not None:
@@ -231,10 +231,10 @@ class SharedOuter(Factors):
         return rotated_row_squares(rows, inputs, then)
 
     def _rotated_inputs(self, a: Array, basis: Array) -> Array:
-        """Inputs in a basis, that of the bias with them, shape ``(n, positions, groups, d)`` or a little wider."""
-        basis, d_in = aligned(basis), self.inputs.shape[3]
+        """Inputs in a basis, that of the bias with them, shape ``(n, positions, groups, d)``."""
+        d_in = self.inputs.shape[3]
         if basis.shape[0] == 1:
-            rotated = product(a.reshape(-1, d_in), basis[0, :d_in]).reshape(*a.shape[:3], -1)
+            rotated = aligned_product(a.reshape(-1, d_in), basis[0, :d_in]).reshape(*a.shape[:3], -1)
         else:
             rotated = contract("nrgi,gij->nrgj", a, basis[:, :d_in])
         if self.bias is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlib.arrays import Deferred
+from curvlib.arrays import Deferred, Product
 from curvlib.capture import GradientRows
 from curvlib.errors import CaptureError, ConfigurationError, NonFiniteError
 
@@ -111,7 +111,7 @@ def _bad_gradients(norms: Tensor, given: Sequence[Tensor], model: nn.Module, ste
 
 
 def check_directions(
-    directions: Mapping[str, Mapping[str, Tensor]],
+    directions: Mapping[str, Mapping[str, Tensor | Product]],
     others: Sequence[Tensor],
     step: int,
     cause: Callable[[], None],
@@ -138,11 +138,11 @@ def check_directions(
     NonFiniteError
         Naming the blocks.
     """
-    places = [(block, tensor) for block, parts in directions.items() for tensor in parts.values()]
-    tensors = [*(tensor for _, tensor in places), *others]
-    if not tensors:
+    places = [(block, one) for block, parts in directions.items() for one in parts.values()]
+    given = [*(one for _, one in places), *others]
+    if not given:
         return
-    norms = _norms(tensors)
+    norms = _norms(given)
     message = partial(_bad_directions, norms, [block for block, _ in places], step)
     good = _all_finite(norms, later)
     if good is False:
@@ -170,9 +170,12 @@ def _require(holds: Tensor | bool, message: Callable[[], str], later: Deferred |
         raise NonFiniteError(message())
 
 
-def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    norms = torch._foreach_norm(list(tensors))
-    return torch.stack([norm.to(norms[0]) for norm in norms])
+def _norms(several: Sequence[Tensor | Product]) -> Tensor:
+    """Norms; for products bounds, from the norms of their matrices: finite only where the product is."""
+    parts = [(one.left, one.right) if isinstance(one, Product) else (one,) for one in several]
+    norms = iter(torch._foreach_norm([tensor for own in parts for tensor in own]))
+    bounds = [next(norms) * next(norms) if len(own) == 2 else next(norms) for own in parts]
+    return torch.stack([bound.to(bounds[0]) for bound in bounds])
 
 
 def _all_finite(norms: Tensor, later: Deferred | None) -> Tensor | bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.arrays import Deferred, evaluated, in_pieces
+from curvlib.arrays import Deferred, in_pieces
 from curvlib.capture import GradientRows
 from curvlib.capture.autocast import without_autocast
 from curvlib.errors import CaptureError
@@ -167,9 +167,9 @@ class NaturalGradient(Deferring):
             damping = ByGroup(self.damping, self._said("damping"))
             renewal = Renewal(solvers, damping, self.refresh, self.failures, later)
             curvature, natural = self._natural(renewal, curvature, own, rows, factors, used)
-        # Outside every block the direction is the gradient itself.
-        directions = [natural[p] if p in natural else own[p] for p in context.parameters]
-        moves = transformed(self.transforms, self.state, directions, context, before=False)
+            # Outside every block the direction is the gradient itself.
+            directions = [natural[p] if p in natural else own[p] for p in context.parameters]
+            moves = transformed(self.transforms, self.state, directions, context, before=False)
         adapts = self._adapts() and bool(factors)
         predicted = predicted_change(self._blocks, context, moves, factors) if adapts else None
         before = evaluations(self._blocks, solvers, curvature, factors, self.steps)
@@ -264,13 +264,12 @@ class NaturalGradient(Deferring):
         later = renewal.later
         # Rows that are not finite have no Cholesky factor, so what an exact solver made of them needs no second look.
         sound = self._always and self.fisher.needs_backward
-        directions = natural_gradients(renewal.solvers, curvature, gradients, later, lazily=sound)
+        directions = natural_gradients(renewal.solvers, curvature, gradients, later, lazily=True)
         looked = {
-            name: evaluated(direction)
+            name: direction
             for name, direction in directions.items()
             if not (sound and name in rows and renewal.solvers[name].exact)
         }
-        directions.update(looked)
         for block in self._blocks:
             if block.name in gradients:
                 state, gradient, direction = curvature[block.name], gradients[block.name], directions[block.name]

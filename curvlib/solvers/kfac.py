@@ -9,22 +9,24 @@ from typing import Any, ClassVar, Literal, get_args
 
 from curvlib.arrays import (
     Array,
+    Product,
     add_diagonal,
+    aligned_product,
     cholesky,
     cholesky_inverse,
     cholesky_solve,
     eigh,
+    evaluated,
     namespace,
-    product,
     record,
     side_by_side,
     trace,
 )
 from curvlib.errors import ConfigurationError
-from curvlib.factors import Factors, KroneckerLayout, Sharing
+from curvlib.factors import Factors, KroneckerLayout, KroneckerRows, Sharing
 from curvlib.solvers.average import averaged, check_decay
 from curvlib.solvers.base import Gradient, Solver, check_choice, check_damping
-from curvlib.solvers.pairs import rows_pay, solved, solved_all
+from curvlib.solvers.pairs import Halves, rows_pay, solved_lazily
 
 __all__ = ["KFAC", "KFACEigen", "KFACEstimate", "KFACInverse"]
 
@@ -73,24 +75,30 @@ class KFACInverse:
     def stackable(self) -> Mapping[str, Array] | None:
         return {"inputs": self.inputs, "cotangents": self.cotangents} if all(self.explicit) else None
 
-    def apply(self, matrix: Array) -> Array:
-        return self.on_inputs(self.on_cotangents(matrix))
-
-    def apply_to_rows(self, inputs: Array, cotangents: Array) -> Array:
-        # B⁻¹ (gᵀ a) A⁻¹ = (B⁻¹gᵀ)(A⁻¹aᵀ)ᵀ: solves with as many right-hand sides as there are rows.
-        transposed = namespace(cotangents).matrix_transpose(cotangents)
-        return product(self.on_cotangents(transposed), self.on_inputs(inputs))
-
-    def on_inputs(self, matrix: Array) -> Array:
-        """``M A⁻¹``, for M of shape ``(groups, k, d)``."""
+    def apply(self, matrix: Array) -> Halves | Array:
         if self.explicit[0]:
-            return product(matrix, self.inputs)
+            return self._on_cotangents(matrix), self.inputs
+        if self.explicit[1]:
+            return self.cotangents, self._solved_inputs(matrix)
+        return self._solved_inputs(self._on_cotangents(matrix))
+
+    def apply_to_rows(self, rows: KroneckerRows) -> Halves:
+        # B⁻¹ (gᵀ a) A⁻¹ = (B⁻¹gᵀ)(A⁻¹aᵀ)ᵀ: solves with as many right-hand sides as there are rows.
+        cotangents = namespace(rows.cotangents).matrix_transpose(rows.cotangents)
+        explicit = self.explicit[0]
+        inputs = rows.project_inputs(self.inputs) if explicit else self._solved_inputs(rows.augmented_inputs())
+        return self._on_cotangents(cotangents), inputs
+
+    def _solved_inputs(self, matrix: Array) -> Array:
+        """``M A⁻¹`` for M of shape ``(groups, k, d)``, by the Cholesky factor of A."""
         transpose = namespace(matrix).matrix_transpose
         return transpose(cholesky_solve(self.inputs, transpose(matrix)))
 
-    def on_cotangents(self, matrix: Array) -> Array:
+    def _on_cotangents(self, matrix: Array) -> Array:
         """``G⁻¹ M``, for M of shape ``(groups, d_out, k)``."""
-        return product(self.cotangents, matrix) if self.explicit[1] else cholesky_solve(self.cotangents, matrix)
+        if self.explicit[1]:
+            return aligned_product(self.cotangents, matrix)
+        return cholesky_solve(self.cotangents, matrix)
 
 
 @record
@@ -106,19 +114,20 @@ class KFACEigen:
     def stackable(self) -> Mapping[str, Array] | None:
         return {"inputs": self.inputs, "cotangents": self.cotangents, "reciprocals": self.reciprocals}
 
-    def apply(self, matrix: Array) -> Array:
+    def apply(self, matrix: Array) -> Halves:
         # Q_G ((Q_Gᵀ M Q_A) ∘ R) Q_Aᵀ
         transposed = namespace(matrix).matrix_transpose(self.cotangents)
-        return self._back(product(product(transposed, matrix), self.inputs))
+        return self._back(aligned_product(aligned_product(transposed, matrix), self.inputs))
 
-    def apply_to_rows(self, inputs: Array, cotangents: Array) -> Array:
-        transpose = namespace(inputs).matrix_transpose
-        return self._back(product(transpose(product(cotangents, self.cotangents)), product(inputs, self.inputs)))
+    def apply_to_rows(self, rows: KroneckerRows) -> Halves:
+        cotangents = aligned_product(rows.cotangents, self.cotangents)
+        transposed = namespace(cotangents).matrix_transpose(cotangents)
+        return self._back(aligned_product(transposed, rows.project_inputs(self.inputs)))
 
-    def _back(self, rotated: Array) -> Array:
+    def _back(self, rotated: Array) -> Halves:
         """Out of the eigenbasis, after the division by damped eigenvalues there."""
         rotated *= self.reciprocals
-        return product(product(self.cotangents, rotated), namespace(rotated).matrix_transpose(self.inputs))
+        return aligned_product(self.cotangents, rotated), namespace(rotated).matrix_transpose(self.inputs)
 
 
 @dataclass(frozen=True)
@@ -217,14 +226,21 @@ class KFAC(Solver):
         return rows_pay(factors)
 
     def solve(self, inverse: KFACInverse | KFACEigen, gradient: Gradient) -> dict[str, Array]:
-        return solved(inverse, gradient)
+        return evaluated(solved_lazily([inverse], [gradient])[0])
 
     def solve_all(
         self, inverses: Sequence[KFACInverse | KFACEigen], gradients: Sequence[Gradient]
     ) -> list[dict[str, Array]]:
         if type(self).solve is not KFAC.solve:
             return super().solve_all(inverses, gradients)
-        return solved_all(inverses, gradients)
+        return [evaluated(natural) for natural in solved_lazily(inverses, gradients)]
+
+    def solve_lazily(
+        self, inverses: Sequence[KFACInverse | KFACEigen], gradients: Sequence[Gradient]
+    ) -> list[dict[str, Array | Product]]:
+        if not self._inherits(KFAC, "solve", "solve_all", "remember"):
+            return super().solve_lazily(inverses, gradients)
+        return solved_lazily(inverses, gradients)
 
 
 def split_damping(inputs: Array, cotangents: Array, damping: float, balanced: bool) -> tuple[Any, Any]:

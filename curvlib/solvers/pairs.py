@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeAlias
 
-from curvlib.arrays import Array, altered, device, namespace
+from curvlib.arrays import Array, Product, altered, device, matrix_vector, namespace
 from curvlib.factors import Factors, KroneckerLayout
+from curvlib.factors.kronecker import KroneckerRows
+from curvlib.factors.scaled import unscaled
 from curvlib.solvers.base import Gradient, as_vector, check_block
 
-__all__ = ["MatrixInverse", "paired_rows", "rows_pay", "solved", "solved_all"]
+__all__ = ["Halves", "MatrixInverse", "paired_rows", "rows_pay", "solved_lazily"]
 
 _SMALL = 1 << 17
 """Elements of both sides up to which copying those of several blocks together costs less than calls for each."""
+
+Halves: TypeAlias = tuple[Array, Array]
+"""Two stacks of matrices whose products are meant, shapes ``(groups, d_out, k)`` and ``(groups, k, d)``."""
 
 
 class MatrixInverse(Protocol):
@@ -26,11 +31,11 @@ class MatrixInverse(Protocol):
     def stackable(self) -> Mapping[str, Array] | None:
         """Arrays by field, groups first, that make one inverse of several blocks when concatenated; None for none."""
 
-    def apply(self, matrix: Array) -> Array:
+    def apply(self, matrix: Array) -> Halves | Array:
         """Return the natural gradient of matrices of shape ``(groups, d_out, d)``."""
 
-    def apply_to_rows(self, inputs: Array, cotangents: Array) -> Array:
-        """Natural gradient of ``cotangentsᵀ inputs``, given as rows of shape ``(groups, rows, d)`` and ``d_out``."""
+    def apply_to_rows(self, rows: KroneckerRows) -> Halves:
+        """Return the natural gradient of ``cotangentsᵀ [inputs, 1]``."""
 
 
 @dataclass(frozen=True)
@@ -42,30 +47,23 @@ class _Posed:
     matrix: Array
 
 
-def solved(inverse: MatrixInverse, gradient: Gradient) -> dict[str, Array]:
-    """Natural gradient of one block, row by row where that is cheaper."""
-    if isinstance(gradient, Factors) and rows_pay(gradient):
-        return inverse.layout.vector(inverse.apply_to_rows(*paired_rows(gradient)))
-    return inverse.layout.vector(inverse.apply(_matrix(inverse, gradient)))
-
-
-def solved_all(inverses: Sequence[MatrixInverse], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
-    """Natural gradients of several blocks, those of small blocks of one shape in one call."""
+def solved_lazily(inverses: Sequence[MatrixInverse], gradients: Sequence[Gradient]) -> list[dict[str, Array | Product]]:
+    """Natural gradients of several blocks: row by row where that is cheaper, small ones of one shape in one call."""
     results: list[Any] = [None] * len(inverses)
     alike: dict[Any, list[_Posed]] = {}
     for place, (inverse, gradient) in enumerate(zip(inverses, gradients, strict=True)):
-        arrays = None if isinstance(gradient, Factors) and rows_pay(gradient) else inverse.stackable()
-        if arrays is None:
-            results[place] = solved(inverse, gradient)
+        if isinstance(gradient, Factors) and rows_pay(gradient):
+            results[place] = _vector(inverse.layout, inverse.apply_to_rows(paired_rows(gradient)))
             continue
         matrix = _matrix(inverse, gradient)
         width = sum(size * size for size in matrix.shape[1:])
+        together = width <= _SMALL and inverse.stackable() is not None
         kind = (type(inverse), matrix.shape[1:], matrix.dtype, device(matrix))
-        alike.setdefault(kind if width <= _SMALL else place, []).append(_Posed(place, inverse, matrix))
+        alike.setdefault(kind if together else place, []).append(_Posed(place, inverse, matrix))
     for posed in alike.values():
         made = [posed[0].inverse.apply(posed[0].matrix)] if len(posed) == 1 else _applied_together(posed)
-        for one, matrix in zip(posed, made, strict=True):
-            results[one.place] = one.inverse.layout.vector(matrix)
+        for one, natural in zip(posed, made, strict=True):
+            results[one.place] = _vector(one.inverse.layout, natural)
     return results
 
 
@@ -74,12 +72,29 @@ def _applied_together(posed: Sequence[_Posed]) -> list[Array]:
     xp = namespace(posed[0].matrix)
     several = [one.inverse.stackable() for one in posed]
     joined = {name: xp.concat([arrays[name] for arrays in several], axis=0) for name in several[0]}
-    whole = altered(posed[0].inverse, **joined)
-    result, start, made = whole.apply(xp.concat([one.matrix for one in posed], axis=0)), 0, []
+    left, right = altered(posed[0].inverse, **joined).apply(xp.concat([one.matrix for one in posed], axis=0))
+    result, start, made = left @ right, 0, []
     for one in posed:
         made.append(result[start : start + one.matrix.shape[0]])
         start += int(one.matrix.shape[0])
     return made
+
+
+def _vector(layout: KroneckerLayout, natural: Halves | Array) -> dict[str, Array | Product]:
+    """Block vector of matrices ``[W, b]``; W is left as a product where there is one."""
+    if not isinstance(natural, tuple):
+        return dict(layout.vector(natural))
+    left, right = natural
+    if layout.groups > 1 or layout.weight is None:
+        return dict(layout.vector(left @ right))
+    # Apart, so that nothing has to be taken out of a matrix of both.
+    d_in = right.shape[2] - (layout.bias is not None)
+    parts: dict[str, Array | Product] = {
+        layout.weight: Product(left[0], right[0, :, :d_in], tuple(layout.weight_shape))
+    }
+    if layout.bias is not None:
+        parts[layout.bias] = matrix_vector(left[0], right[0, :, d_in])
+    return parts
 
 
 def _matrix(inverse: MatrixInverse, gradient: Gradient) -> Array:
@@ -97,12 +112,12 @@ def rows_pay(factors: Factors) -> bool:
     return n * (d_in * d_in + d_out * d_out) < d_in * d_out * (d_in + d_out)
 
 
-def paired_rows(gradient: Factors) -> tuple[Array, Array]:
-    """Inputs ``[a, 1]`` and cotangents g, one of each a row; ``gᵀ [a, 1]`` is the gradient that the rows stand for."""
-    apart = gradient.kronecker_rows()
-    a, g = apart.augmented_inputs(), apart.cotangents
-    if a.shape[1] != g.shape[1]:
+def paired_rows(gradient: Factors) -> KroneckerRows:
+    """Inputs a and cotangents g, one of each a row; ``gᵀ [a, 1]`` is the gradient that the rows stand for."""
+    base, scale = unscaled(gradient)
+    apart = base.kronecker_rows()
+    g, n = apart.cotangents, apart.inputs.shape[1]
+    if g.shape[1] != n:
         # Several columns share an input.
-        n = a.shape[1]
         g = g.reshape(g.shape[0], n, -1, g.shape[2]).sum(axis=2)
-    return a, g / gradient.normalizer
+    return replace(apart, cotangents=g * (scale / gradient.normalizer))

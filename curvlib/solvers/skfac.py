@@ -98,7 +98,8 @@ class SKFAC(Solver):
 
     def solve(self, inverse: SKFACInverse, gradient: Gradient) -> dict[str, Array]:
         if isinstance(gradient, Factors) and sample_space_pays(gradient):
-            a, g = paired_rows(gradient)
+            rows = paired_rows(gradient)
+            a, g = rows.augmented_inputs(), rows.cotangents
             transpose = namespace(a).matrix_transpose
             left = _solved(inverse.cotangents, inverse.cotangent_kernel, inverse.cotangent_damping, transpose(g))
             right = _solved(inverse.inputs, inverse.input_kernel, inverse.input_damping, transpose(a))

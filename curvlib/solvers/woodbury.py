@@ -153,8 +153,7 @@ class Woodbury(Solver):
         return [evaluated(natural) for natural in self._solved_apart(inverses, gradients)]
 
     def solve_lazily(self, inverses: Sequence[Any], gradients: Sequence[Gradient]) -> list[dict[str, Array | Product]]:
-        cls = type(self)
-        if (cls.solve, cls.solve_all, cls.remember) != (Woodbury.solve, Woodbury.solve_all, Woodbury.remember):
+        if not self._inherits(Woodbury, "solve", "solve_all", "remember"):
             return super().solve_lazily(inverses, gradients)
         return self._solved_apart(inverses, gradients)
 

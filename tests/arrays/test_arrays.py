@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from curvlib import arrays
+from curvlib.arrays import torch_kernels
 from curvlib.errors import CurvatureError, NotPositiveDefiniteError
 from curvlib.factors import OuterProduct
 from curvlib.solvers import Woodbury
@@ -155,10 +156,40 @@ def test_products_are_products(array, m, k, n, threads):
         torch.set_num_threads(before)
 
 
-def test_products_inside_a_transform():
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize(("m", "k", "n"), PRODUCTS)
+def test_products_with_gaps_between_rows(array, m, k, n, gaps, monkeypatch):
+    if gaps:
+        monkeypatch.setattr(torch_kernels, "_SHARED", range(1))
+    generator = np.random.default_rng(0)
+    first, second = (generator.standard_normal(shape) for shape in ((m, k), (k, n)))
+    made = arrays.aligned_product(array(first), array(second))
+    np.testing.assert_allclose(made, first @ second, atol=1e-11)
+    np.testing.assert_allclose(arrays.aligned_product(array(first)[None], array(second)[None])[0], made, atol=1e-11)
+    several = arrays.aligned_product(array(np.stack([first, -first])), array(second))
+    np.testing.assert_allclose(several, np.stack([first @ second, -first @ second]), atol=1e-11)
+    if gaps and isinstance(made, torch.Tensor):
+        assert made.stride(0) == -(-n // 8) * 8
+
+
+def test_what_is_left_as_a_product_has_any_shape(array):
+    first, second = np.random.default_rng(0).standard_normal((2, 4, 4))
+    one = arrays.Product(array(first), array(second), (2, 2, 4))
+    assert one.shape == arrays.as_array(one).shape == (2, 2, 4)
+    assert arrays.Product(array(first), array(second)).shape == (4, 4)
+    np.testing.assert_allclose(arrays.as_array(one), (first @ second).reshape(2, 2, 4), atol=1e-13)
+    total = array(np.ones((2, 2, 4)))
+    one.add_to(total, 0.5)
+    np.testing.assert_allclose(total, 0.5 + (first @ second).reshape(2, 2, 4), atol=1e-13)
+
+
+@pytest.mark.parametrize("function", [arrays.product, arrays.aligned_product])
+def test_products_inside_a_transform(function, monkeypatch):
+    if function is arrays.aligned_product:
+        monkeypatch.setattr(torch_kernels, "_SHARED", range(1))
     first, second = torch.randn(3, 64, 32, dtype=torch.float64), torch.randn(3, 32, 16, dtype=torch.float64)
-    torch.testing.assert_close(torch.func.vmap(arrays.product)(first, second), first @ second)
-    gradient = torch.func.grad(lambda a: arrays.product(a, second[0]).sum())(first[0])
+    torch.testing.assert_close(torch.func.vmap(function)(first, second), first @ second)
+    gradient = torch.func.grad(lambda a: function(a, second[0]).sum())(first[0])
     torch.testing.assert_close(gradient, second[0].sum(1).expand(64, 32))
 
 

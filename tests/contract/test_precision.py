@@ -92,15 +92,16 @@ def test_autocast_around_the_forward_pass_or_the_whole_loop(fisher, everything):
     assert dtypes(optimizer) == {torch.float32}
 
 
-@pytest.mark.parametrize("solver", [Dense(), KFAC(), Woodbury()], ids=str)
+@pytest.mark.parametrize("solver", [Dense(), KFAC(), EKFAC(), Woodbury()], ids=str)
 @pytest.mark.parametrize("fisher", [Exact(), Empirical()], ids=str)
-def test_the_engines_own_arithmetic_is_not_autocast(fisher, solver):
+@pytest.mark.parametrize("options", [{}, {"fused": True, "transforms": [Momentum()]}], ids=["", "fused"])
+def test_the_engines_own_arithmetic_is_not_autocast(fisher, solver, options):
     """Products of curvature keep float32 inside autocast: the step is the same whether it is inside or outside."""
     finals = []
     x, y = batch()
     for inside in (False, True):
         model = network(torch.float32)
-        optimizer = composed(model, fisher=fisher, solver=solver, damping=1e-3, lr=1e-2)
+        optimizer = composed(model, fisher=fisher, solver=solver, damping=1e-3, lr=1e-2, **options)
         with torch.autocast("cpu", torch.bfloat16):
             loss = functional.cross_entropy(model(x).float(), y)
         loss.backward()

@@ -1,12 +1,12 @@
-"""Moments in an eigenbasis whose products are padded to lines of the cache: the same numbers, without the padding."""
+"""Moments in an eigenbasis, also where products lie with gaps between their rows."""
 
 import numpy as np
 import pytest
 import torch
 
-from curvlib.arrays import sum_of_squares
+from curvlib.arrays import sum_of_squares, torch_kernels
 from curvlib.factors import OuterProduct, SharedOuter, cost
-from curvlib.factors.rotation import aligned, rotated_product_squares, rotated_row_squares
+from curvlib.factors.rotation import rotated_product_squares, rotated_row_squares
 
 
 def numbers(*shape, seed=0):
@@ -17,18 +17,10 @@ def close(one, other):
     torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize(("width", "padded"), [(64, 64), (66, 72), (57, 64), (56, 56), (50, 56), (10, 10), (1, 1)])
-def test_padding_is_zero_and_not_far(width, padded):
-    basis = numbers(2, 5, width)
-    made = aligned(basis)
-    assert made.shape == (2, 5, padded)
-    assert torch.equal(made[..., :width], basis)
-    assert not made[..., width:].any()
-
-
-def test_a_line_holds_twice_as_many_numbers_of_half_the_size():
-    assert aligned(torch.ones(1, 2, 136, dtype=torch.float32)).shape == (1, 2, 144)
-    assert aligned(torch.ones(1, 2, 136, dtype=torch.float64)).shape == (1, 2, 136)
+@pytest.fixture(autouse=True, params=[False, True])
+def rows_lie_apart(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(torch_kernels, "_SHARED", range(1))
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 from curvlib import Categorical, Empirical, Exact, KLClip, Momentum, WeightDecay, Woodbury, compose
-from curvlib.errors import CaptureError, ConfigurationError
+from curvlib.arrays import Deferred, Product
+from curvlib.errors import CaptureError, ConfigurationError, NonFiniteError
+from curvlib.precond.checks import check_directions
 from curvlib.solvers import EKFAC, KFAC, KIS, SKFAC, SOAP, Switch
 
 
@@ -160,3 +162,41 @@ def test_kronecker_solvers_of_blocks_that_are_no_products_are_refused_at_constru
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     if "blocks" not in options:
         built(model, **{**options, "solver": {"1": Woodbury(), "*": options["solver"]}})
+
+
+@pytest.mark.parametrize(("left", "right", "fine"), [(1e18, 1e18, True), (1e30, 1e30, False), (math.nan, 0.0, False)])
+@pytest.mark.parametrize("deferred", [False, True])
+def test_products_are_looked_at_before_they_are_multiplied(left, right, fine, deferred):
+    """Both matrices of the second are finite."""
+    product = Product(torch.full((2, 3), left), torch.full((3, 2), right))
+    later = Deferred() if deferred else None
+    directions = {"0": {"weight": torch.ones(3)}, "1": {"weight": product, "bias": torch.ones(2)}}
+    refused = None
+    try:
+        check_directions(directions, [torch.ones(1)], 7, cause=lambda: None, later=later)
+        if later is not None:
+            later.raise_if_failed()
+    except NonFiniteError as error:
+        refused = str(error)
+    assert (refused is None) == fine
+    assert fine or "step 7: the natural gradient of block '1' is not finite" in refused
+
+
+@pytest.mark.parametrize("solver", [KFAC(), KFAC(damping="exact"), EKFAC()], ids=repr)
+def test_a_natural_gradient_that_is_a_product_is_refused_before_momentum_takes_it(solver):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 3))
+    options = {"lr": 0.1, "refresh": 10, "transforms": [Momentum()], "fused": True}
+    optimizer = compose(model, fisher=Exact(), solver=solver, damping=1.0, **options)
+    x, y = torch.randn(4, 30), torch.tensor([0, 1, 2, 0])
+    for _ in range(2):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    before, momentum = values(model), optimizer.state[model[0].weight]["Momentum.momentum"].clone()
+    optimizer.zero_grad()
+    (1e38 * functional.cross_entropy(model(x), y)).backward()
+    with pytest.raises((NonFiniteError, CaptureError), match="not finite"):
+        optimizer.step()
+    assert same(values(model), before)
+    assert torch.equal(optimizer.state[model[0].weight]["Momentum.momentum"], momentum)

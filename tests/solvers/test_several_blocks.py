@@ -111,25 +111,44 @@ class OwnSolve(Woodbury):
         return {name: 2 * value for name, value in super().solve(inverse, gradient).items()}
 
 
-class OwnMemory(Woodbury):
+class Remembering:
     def remember(self, estimate, natural):
         assert all(isinstance(value, torch.Tensor) for value in natural.values())
         return estimate
 
 
+class OwnMemory(Remembering, Woodbury):
+    pass
+
+
+class OwnMemoryOfKronecker(Remembering, KFAC):
+    pass
+
+
+class OwnMemoryInEigenbasis(Remembering, EKFAC):
+    pass
+
+
+KRONECKER = [KFAC(form=form) for form in ("auto", "inverse", "cholesky", "eigen")] + [KFAC(damping="exact"), EKFAC()]
+
+
 @pytest.mark.parametrize(
     ("solver", "products"),
-    [(Woodbury(), True), (Woodbury(low_rank=0.9), False), (Dense(), False), (KFAC(), False), (OwnSolve(), False),
-     (OwnMemory(), False)],
+    [(Woodbury(), "of own rows"), (Woodbury(low_rank=0.9), "never"), (Dense(), "never"), (OwnSolve(), "never"),
+     (OwnMemory(), "never"), (OwnMemoryOfKronecker(), "never"), (OwnMemoryInEigenbasis(), "never"),
+     *((solver, "of rows" if solver.form == "cholesky" else "always") for solver in KRONECKER[:-1]),
+     (EKFAC(), "always")],
+    ids=repr,
 )  # fmt: skip
 @pytest.mark.parametrize("own", [True, False])
 def test_what_is_left_to_later_is_the_same(solver, products, own):
-    several = [one.scaled(3.0) for one in (MIXED[:1] if isinstance(solver, KFAC) else MIXED)]
+    several = [one.scaled(3.0) for one in (EQUAL[2::2] if isinstance(solver, (KFAC, EKFAC)) else MIXED)]
     inverses = solver.factorize_all(solver.update_all([None] * len(several), several), [0.1] * len(several))
     given = [getattr(inverse, "factors", rows) for inverse, rows in zip(inverses, several, strict=True)]
     gradients = given if own else [one.rmatvec(one.row_weights(0.5)) for one in several]
     lazily = solver.solve_lazily(inverses, gradients)
-    assert any(isinstance(value, Product) for one in lazily for value in one.values()) == (products and own)
+    expected = products == "always" or (products in ("of rows", "of own rows") and own)
+    assert any(isinstance(value, Product) for one in lazily for value in one.values()) == expected
     for one, natural in zip(lazily, solver.solve_all(inverses, gradients), strict=True):
         for name, value in evaluated(one).items():
             torch.testing.assert_close(value, natural[name], rtol=1e-12, atol=1e-14)
