@@ -172,10 +172,18 @@ def _require(holds: Tensor | bool, message: Callable[[], str], later: Deferred |
 
 def _norms(several: Sequence[Tensor | Product]) -> Tensor:
     """Norms; for products bounds, from the norms of their matrices: finite only where the product is."""
-    parts = [(one.left, one.right) if isinstance(one, Product) else (one,) for one in several]
+    parts = [(_gathered(one.left), _gathered(one.right)) if isinstance(one, Product) else (one,) for one in several]
     norms = iter(torch._foreach_norm([tensor for own in parts for tensor in own]))
     bounds = [next(norms) * next(norms) if len(own) == 2 else next(norms) for own in parts]
     return torch.stack([bound.to(bounds[0]) for bound in bounds])
+
+
+def _gathered(matrix: Tensor) -> Tensor:
+    """A matrix, or the norms of its rows if they lie with gaps in between, over which torch is slow to sum."""
+    if matrix.is_contiguous() or matrix.mT.is_contiguous():
+        return matrix
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=1)
+    return norms
 
 
 def _all_finite(norms: Tensor, later: Deferred | None) -> Tensor | bool:

@@ -41,6 +41,10 @@ once for several steps, as a rule.
 """
 
 
+_NARROW = 256
+"""Width of factors whose inverse is made in the time of few solves, whatever the other side (measured as above)."""
+
+
 @record
 @dataclass(frozen=True, eq=False)
 class KFACEstimate:
@@ -149,7 +153,7 @@ class KFAC(Solver):
     form
         How the factors are inverted: "cholesky", cheapest to make; "inverse", from Cholesky factors, cheaper to apply;
         "eigen", which has the spectrum and serves every damping. "auto" takes the eigenbasis where the damping is no
-        product, Cholesky for a factor much wider than the block's other side, and inverses elsewhere.
+        product, Cholesky for a wide factor of a block whose other side is much narrower, and inverses elsewhere.
     """
 
     exact: ClassVar[bool] = False
@@ -220,7 +224,7 @@ class KFAC(Solver):
         return split_damping(mean_a, mean_g, damping, balanced=self.damping == "pi")
 
     def _explicit(self, width: int, other: int) -> bool:
-        return self.form == "inverse" or (self.form == "auto" and width <= _WIDER * other)
+        return self.form == "inverse" or (self.form == "auto" and width <= max(_NARROW, _WIDER * other))
 
     def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
         return rows_pay(factors)
