@@ -132,7 +132,7 @@ def hadamard_gram(first: Array, second: Array, ones: bool) -> Array:
 
 def stacked(matrices: Sequence[Array]) -> Array:
     """Matrices of one shape as one array, their columns in a row as LAPACK leaves those of factors."""
-    return cupy.stack([matrix.T for matrix in matrices]).swapaxes(-2, -1)
+    return cupy.stack([matrix.swapaxes(-2, -1) for matrix in matrices]).swapaxes(-2, -1)
 
 
 def address(array: Array) -> Any:

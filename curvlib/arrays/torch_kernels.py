@@ -215,7 +215,7 @@ def stacked(matrices: Sequence[Tensor]) -> Tensor:
     if matrices[0].is_contiguous():
         return torch.stack(list(matrices))
     # LAPACK leaves factors with their columns in a row, and wants them so: as transposes they are copied as they lie.
-    return torch.stack([matrix.T for matrix in matrices]).mT
+    return torch.stack([matrix.mT for matrix in matrices]).mT
 
 
 def _are_parts(matrices: Sequence[Tensor], whole: Tensor) -> bool:

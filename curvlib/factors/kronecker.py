@@ -61,6 +61,12 @@ class KroneckerLayout:
         return weight | bias
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(groups, d_out, d)``, that of `matrix`."""
+        d_in = 0 if self.weight is None else prod(self.weight_shape[1:])
+        return self.groups, self._d_out, d_in + (self.bias is not None)
+
+    @property
     def _d_out(self) -> int:
         return self.weight_shape[0] // self.groups
 

@@ -12,7 +12,7 @@ from curvlib.factors import Factors, KroneckerLayout, Sharing
 from curvlib.solvers.average import averaged, check_decay
 from curvlib.solvers.base import Gradient, Solver, check_choice, check_damping
 from curvlib.solvers.kfac import KFAC, KFACEigen, KFACEstimate
-from curvlib.solvers.pairs import rows_pay, solved_lazily
+from curvlib.solvers.pairs import adjoined, rows_pay, solved_lazily
 
 __all__ = ["EKFAC", "EKFACEstimate"]
 
@@ -120,6 +120,9 @@ class EKFAC(Solver):
     def factorize(self, estimate: EKFACEstimate, damping: float) -> KFACEigen:
         reciprocals = 1 / (estimate.moments + check_damping(damping))
         return KFACEigen(estimate.inputs, estimate.cotangents, reciprocals, estimate.layout)
+
+    def factorize_all(self, estimates: Sequence[EKFACEstimate], dampings: Sequence[float]) -> list[KFACEigen]:
+        return adjoined(super().factorize_all(estimates, dampings))
 
     def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
         return rows_pay(factors)

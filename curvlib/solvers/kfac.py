@@ -26,7 +26,7 @@ from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, KroneckerLayout, KroneckerRows, Sharing
 from curvlib.solvers.average import averaged, check_decay
 from curvlib.solvers.base import Gradient, Solver, check_choice, check_damping
-from curvlib.solvers.pairs import Halves, rows_pay, solved_lazily
+from curvlib.solvers.pairs import Halves, adjoined, rows_pay, solved_lazily
 
 __all__ = ["KFAC", "KFACEigen", "KFACEstimate", "KFACInverse"]
 
@@ -206,15 +206,19 @@ class KFAC(Solver):
         if self.form == "eigen" or self.damping == "exact":
             bases = side_by_side(eigh, [(matrix,) for matrix, _, _ in sides], widths, sides[0][0], effort=50)
             whole = [damping if self.damping == "exact" else 0.0 for damping in dampings]
-            return [
-                _eigen(estimate, bases[2 * place], bases[2 * place + 1], *added[place], whole[place])
-                for place, estimate in enumerate(estimates)
-            ]
+            return adjoined(
+                [
+                    _eigen(estimate, bases[2 * place], bases[2 * place + 1], *added[place], whole[place])
+                    for place, estimate in enumerate(estimates)
+                ]
+            )
         made = side_by_side(_inverted, sides, widths, sides[0][0], effort=3)
-        return [
-            KFACInverse(made[place], made[place + 1], estimate.layout, (sides[place][2], sides[place + 1][2]))
-            for place, estimate in zip(range(0, len(made), 2), estimates, strict=True)
-        ]
+        return adjoined(
+            [
+                KFACInverse(made[place], made[place + 1], estimate.layout, (sides[place][2], sides[place + 1][2]))
+                for place, estimate in zip(range(0, len(made), 2), estimates, strict=True)
+            ]
+        )
 
     def _split(self, estimate: KFACEstimate, damping: float) -> tuple[Any, Any]:
         """What is added to A and to G."""

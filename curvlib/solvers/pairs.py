@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
-from curvlib.arrays import Array, Product, altered, device, matrix_vector, namespace
+from curvlib.arrays import Array, Product, altered, device, matrix_vector, namespace, stacked
 from curvlib.factors import Factors, KroneckerLayout
 from curvlib.factors.kronecker import KroneckerRows
 from curvlib.factors.scaled import unscaled
 from curvlib.solvers.base import Gradient, as_vector, check_block
 
-__all__ = ["Halves", "MatrixInverse", "paired_rows", "rows_pay", "solved_lazily"]
+__all__ = ["Halves", "MatrixInverse", "adjoined", "paired_rows", "rows_pay", "solved_lazily"]
 
 _SMALL = 1 << 17
 """Elements of both sides up to which copying those of several blocks together costs less than calls for each."""
@@ -47,6 +47,31 @@ class _Posed:
     matrix: Array
 
 
+def adjoined(inverses: Sequence[Any]) -> list[Any]:
+    """Inverses as they are; those that can be applied together as parts of one, so that nobody has to copy them."""
+    results = list(inverses)
+    alike: dict[Any, list[int]] = {}
+    for place, inverse in enumerate(inverses):
+        arrays = inverse.stackable()
+        if arrays is not None and _together(inverse.layout.shape):
+            one = next(iter(arrays.values()))
+            kind = (type(inverse), *(array.shape for array in arrays.values()), one.dtype, device(one))
+            alike.setdefault(kind, []).append(place)
+    for places in alike.values():
+        if len(places) > 1:
+            several = [inverses[place].stackable() for place in places]
+            xp = namespace(*several[0].values())
+            wholes = {name: xp.stack([arrays[name] for arrays in several]) for name in several[0]}
+            for index, place in enumerate(places):
+                results[place] = altered(inverses[place], **{name: whole[index] for name, whole in wholes.items()})
+    return results
+
+
+def _together(shape: Sequence[int]) -> bool:
+    """Whether matrices of this shape, ``(groups, d_out, d)``, are worth a call with others."""
+    return sum(size * size for size in shape[1:]) <= _SMALL
+
+
 def solved_lazily(inverses: Sequence[MatrixInverse], gradients: Sequence[Gradient]) -> list[dict[str, Array | Product]]:
     """Natural gradients of several blocks: row by row where that is cheaper, small ones of one shape in one call."""
     results: list[Any] = [None] * len(inverses)
@@ -56,8 +81,7 @@ def solved_lazily(inverses: Sequence[MatrixInverse], gradients: Sequence[Gradien
             results[place] = _vector(inverse.layout, inverse.apply_to_rows(paired_rows(gradient)))
             continue
         matrix = _matrix(inverse, gradient)
-        width = sum(size * size for size in matrix.shape[1:])
-        together = width <= _SMALL and inverse.stackable() is not None
+        together = _together(matrix.shape) and inverse.stackable() is not None
         kind = (type(inverse), matrix.shape[1:], matrix.dtype, device(matrix))
         alike.setdefault(kind if together else place, []).append(_Posed(place, inverse, matrix))
     for posed in alike.values():
@@ -71,13 +95,19 @@ def _applied_together(posed: Sequence[_Posed]) -> list[Array]:
     """What each inverse makes of its matrices, by one inverse of all their groups."""
     xp = namespace(posed[0].matrix)
     several = [one.inverse.stackable() for one in posed]
-    joined = {name: xp.concat([arrays[name] for arrays in several], axis=0) for name in several[0]}
+    joined = {name: _joined([arrays[name] for arrays in several]) for name in several[0]}
     left, right = altered(posed[0].inverse, **joined).apply(xp.concat([one.matrix for one in posed], axis=0))
     result, start, made = left @ right, 0, []
     for one in posed:
         made.append(result[start : start + one.matrix.shape[0]])
         start += int(one.matrix.shape[0])
     return made
+
+
+def _joined(arrays: Sequence[Array]) -> Array:
+    """Stacks behind each other: where `adjoined` has put them, or a copy."""
+    whole = stacked(arrays)
+    return whole.reshape(-1, *whole.shape[2:])
 
 
 def _vector(layout: KroneckerLayout, natural: Halves | Array) -> dict[str, Array | Product]:

@@ -1,13 +1,16 @@
 """Several blocks at once, side by side in threads or in one call, have the states that each would have by itself."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
-from curvlib.arrays import Product, evaluated, pack
+from curvlib.arrays import Product, altered, evaluated, pack, stacked
 from curvlib.errors import NotPositiveDefiniteError
 from curvlib.factors import Dense as DenseRows
 from curvlib.factors import OuterProduct
-from curvlib.solvers import EKFAC, KFAC, SOAP, Dense, Shampoo, Woodbury
+from curvlib.solvers import EKFAC, KFAC, SOAP, Dense, Shampoo, Woodbury, pairs
 
 SOLVERS = {
     "KFAC": KFAC(),
@@ -60,14 +63,33 @@ EQUAL = [
 
 @pytest.mark.parametrize("name", [*SOLVERS, "KFAC, cholesky"])
 @pytest.mark.parametrize("as_rows", [False, True])
-def test_directions_of_blocks_of_equal_sizes_are_those_of_each(name, as_rows):
+@pytest.mark.parametrize("library", [torch.clone, np.asarray], ids=["torch", "numpy"])
+def test_directions_of_blocks_of_equal_sizes_are_those_of_each(name, as_rows, library):
     solver = SOLVERS.get(name, KFAC(form="cholesky"))
-    inverses = solver.factorize_all(solver.update_all([None] * len(EQUAL), EQUAL), [0.1, 0.2, 0.3, 0.1, 0.2])
-    gradients = [own if as_rows else own.rmatvec(own.row_weights(1 / own.normalizer)) for own in EQUAL]
+    given = [replace(own, inputs=library(own.inputs), cotangents=library(own.cotangents)) for own in EQUAL]
+    inverses = solver.factorize_all(solver.update_all([None] * len(given), given), [0.1, 0.2, 0.3, 0.1, 0.2])
+    gradients = [own if as_rows else own.rmatvec(own.row_weights(1 / own.normalizer)) for own in given]
     together = solver.solve_all(inverses, gradients)
     for inverse, gradient, natural in zip(inverses, gradients, together, strict=True):
         for parameter, value in solver.solve(inverse, gradient).items():
-            torch.testing.assert_close(natural[parameter], value, rtol=1e-11, atol=1e-12)
+            np.testing.assert_allclose(natural[parameter], value, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["KFAC", "KFAC, eigen", "KFAC, exact damping", "EKFAC"])
+def test_inverses_of_blocks_of_equal_sizes_are_not_copied_together_at_every_solve(name, monkeypatch):
+    solver = SOLVERS[name]
+    inverses = solver.factorize_all(solver.update_all([None] * len(EQUAL), EQUAL), [0.1] * len(EQUAL))
+    gradients = [own.rmatvec(own.row_weights(1 / own.normalizer)) for own in EQUAL]
+    before = solver.solve_all(inverses, gradients)
+    seen = []
+    monkeypatch.setattr(pairs, "stacked", lambda arrays: seen.append(stacked(arrays)) or seen[-1])
+    solver.solve_all(inverses, gradients)
+    own = [array.untyped_storage().data_ptr() for array in inverses[0].stackable().values()]
+    assert [whole.untyped_storage().data_ptr() for whole in seen] == own
+    # Loaded one by one they are copied, and give the same to the bit.
+    loaded = [altered(one, **{name: array.clone() for name, array in one.stackable().items()}) for one in inverses]
+    for natural, again in zip(before, solver.solve_all(loaded, gradients), strict=True):
+        assert all(torch.equal(natural[name], again[name]) for name in natural)
 
 
 def explicit(seed, n, *shape):
