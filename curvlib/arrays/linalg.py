@@ -178,6 +178,8 @@ def add_multiples(arrays: Sequence[Array], others: Sequence[Array], multiple: fl
 
     The same bits however the arguments are laid out.
     """
+    if not arrays:
+        return []
     return kernels(arrays[0]).add_multiples(arrays, others, multiple)  # type: ignore[no-any-return]  # found at run time
 
 

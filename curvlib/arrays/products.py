@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from curvlib.arrays.linalg import add_product, product
+from curvlib.arrays.linalg import add_multiples, add_product, product
 from curvlib.arrays.namespace import Array
 
 __all__ = ["Product", "as_array", "evaluated"]
@@ -14,7 +14,7 @@ __all__ = ["Product", "as_array", "evaluated"]
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """A B for matrices A and B, which have to stay as they are until it is used.
+    """A B, or A B + c · C, for arrays that have to stay as they are until it is used.
 
     Parameters
     ----------
@@ -22,11 +22,15 @@ class Product:
         A, shape ``(m, k)``, and B, shape ``(k, n)``.
     shaped
         Shape that the product is brought to, ``(m, n)`` if None.
+    addend, multiple
+        C, of that shape, and c; None for nothing.
     """
 
     left: Array
     right: Array
     shaped: tuple[int, ...] | None = None
+    addend: Array | None = None
+    multiple: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,11 +48,14 @@ class Product:
 
     def value(self) -> Array:
         """What it stands for, a new array."""
-        return product(self.left, self.right).reshape(self.shape)
+        whole = product(self.left, self.right).reshape(self.shape)
+        return whole if self.addend is None else add_multiples([whole], [self.addend], self.multiple)[0]
 
     def add_to(self, total: Array, decay: float) -> None:
-        """``total ← decay · total + A B`` in place; `total` has as many elements, in a row."""
+        """Add it to ``decay · total`` in place; `total` has its shape, and its elements in a row."""
         add_product(total.reshape(self._matrix), self.left, self.right, decay)
+        if self.addend is not None:
+            add_multiples([total], [self.addend], self.multiple)
 
 
 def as_array(one: Array | Product) -> Array:

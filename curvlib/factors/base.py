@@ -130,6 +130,10 @@ class Factors(ABC):
         result, theirs = self.rmatvec(weights), other.rmatvec(other_weights)
         return {name: result[name] + theirs[name] for name in result}
 
+    def combined_lazily(self, weights: Array, other: Factors, other_weights: Array) -> dict[str, Array | Product]:
+        """`combined`, a parameter's part of which may be left as a product of two matrices."""
+        return dict(self.combined(weights, other, other_weights))
+
     def same_inputs(self, other: Factors) -> bool:
         """Whether both are outer products with the very same inputs, as rows of one pass are."""
         return False

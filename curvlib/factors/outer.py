@@ -167,16 +167,19 @@ class OuterProduct(Factors):
         return result
 
     def combined(self, weights: Array, other: Factors, other_weights: Array) -> dict[str, Array]:
+        return evaluated(self.combined_lazily(weights, other, other_weights))
+
+    def combined_lazily(self, weights: Array, other: Factors, other_weights: Array) -> dict[str, Array | Product]:
         if isinstance(other, Scaled):
-            return self.combined(weights, other.base, other_weights * other.scale)
+            return self.combined_lazily(weights, other.base, other_weights * other.scale)
         if not isinstance(other, OuterProduct) or not self.same_inputs(other):
-            return super().combined(weights, other, other_weights)
+            return dict(super().combined(weights, other, other_weights))
         self._require_same_block(other)
         # Cotangents of the same pass: one product with its inputs is enough for both.
-        result = {}
+        result: dict[str, Array | Product] = {}
         if self.weight is not None:
             weighted = self._weighted(weights) + other._weighted(other_weights)
-            result[self.weight] = product(weighted.T, self.inputs)
+            result[self.weight] = Product(weighted.T, self.inputs)
         if self.bias is not None:
             result[self.bias] = self._summed(weights) + other._summed(other_weights)
         return result

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from curvlib.arrays import Array, Vector, altered
+from curvlib.arrays import Array, Product, Vector, altered
 from curvlib.factors.base import Factors, Sharing, joint_samples
 from curvlib.factors.dense import Dense
 from curvlib.factors.kronecker import KroneckerLayout, KroneckerPair, KroneckerRows
@@ -75,6 +75,9 @@ class Scaled(Factors):
 
     def combined(self, weights: Array, other: Factors, other_weights: Array) -> dict[str, Array]:
         return self.base.combined(weights * self.scale, other, other_weights)
+
+    def combined_lazily(self, weights: Array, other: Factors, other_weights: Array) -> dict[str, Array | Product]:
+        return self.base.combined_lazily(weights * self.scale, other, other_weights)
 
     def same_inputs(self, other: Factors) -> bool:
         return self.base.same_inputs(other)

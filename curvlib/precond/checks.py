@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -172,10 +172,25 @@ def _require(holds: Tensor | bool, message: Callable[[], str], later: Deferred |
 
 def _norms(several: Sequence[Tensor | Product]) -> Tensor:
     """Norms; for products bounds, from the norms of their matrices: finite only where the product is."""
-    parts = [(_gathered(one.left), _gathered(one.right)) if isinstance(one, Product) else (one,) for one in several]
-    norms = iter(torch._foreach_norm([tensor for own in parts for tensor in own]))
-    bounds = [next(norms) * next(norms) if len(own) == 2 else next(norms) for own in parts]
+    norms = iter(torch._foreach_norm([tensor for one in several for tensor in _parts(one)]))
+    bounds = [_bound(one, norms) for one in several]
     return torch.stack([bound.to(bounds[0]) for bound in bounds])
+
+
+def _parts(one: Tensor | Product) -> list[Tensor]:
+    if isinstance(one, Tensor):
+        return [one]
+    return [_gathered(one.left), _gathered(one.right), *([] if one.addend is None else [one.addend])]
+
+
+def _bound(one: Tensor | Product, norms: Iterator[Tensor]) -> Tensor:
+    """Bound of a norm, from those of `_parts` which come next."""
+    bound = next(norms)
+    if isinstance(one, Product):
+        bound = bound * next(norms)
+        if one.addend is not None:
+            bound = bound + abs(one.multiple) * next(norms)
+    return bound
 
 
 def _gathered(matrix: Tensor) -> Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from curvlib.arrays import Array, Product, Vector, evaluated
+from curvlib.arrays import Array, Product, Vector
 from curvlib.factors import Factors
 from curvlib.factors.scaled import unscaled
 from curvlib.factors.together import rmatvecs
@@ -86,7 +86,7 @@ def right_hand_side(one: System) -> Array:
 
 
 def naturals(systems: Sequence[System], solutions: Sequence[Array]) -> list[dict[str, Array | Product]]:
-    """Natural gradient of each block, from the solution w of its kernel; the mean of its own rows may be products."""
+    """Natural gradient of each block, from the solution w of its kernel; parts of it may be products."""
     weighted = [(one, w) for one, w in zip(systems, solutions, strict=True) if not isinstance(one, Combined)]
     multiples = [one.multiple if isinstance(one, Explicit) else 1.0 for one, _ in weighted]
     sums = iter(rmatvecs([one.rows for one, _ in weighted], [w for _, w in weighted], multiples))
@@ -95,15 +95,34 @@ def naturals(systems: Sequence[System], solutions: Sequence[Array]) -> list[dict
     for place, (one, w) in enumerate(zip(systems, solutions, strict=True)):
         if isinstance(one, Combined):
             ones = one.gradient.row_weights(1 / (one.gradient.normalizer * one.damping))
-            combined = one.gradient.combined(ones, one.rows, w / (-one.rows.normalizer * one.damping))
-            results.append(combined)
+            others = w / (-one.rows.normalizer * one.damping)
+            results.append(one.gradient.combined_lazily(ones, one.rows, others))
             continue
         results.append(next(sums))
         if isinstance(one, Explicit):
             explicit.setdefault(one.damping, []).append((place, one.vector))
     for damping, some in explicit.items():
-        corrections = [evaluated(results[place]) for place, _ in some]
-        made = corrected([vector for _, vector in some], corrections, damping)
-        for (place, _), natural in zip(some, made, strict=True):
+        places = [place for place, _ in some]
+        made = _added([results[place] for place in places], [vector for _, vector in some], damping)
+        for place, natural in zip(places, made, strict=True):
             results[place] = natural
     return results
+
+
+def _added(
+    corrections: Sequence[Mapping[str, Array | Product]], vectors: Sequence[Vector], damping: float
+) -> list[dict[str, Array | Product]]:
+    """`corrected`, but what is a product takes its part of the gradient along instead."""
+    arrays = [
+        {name: value for name, value in correction.items() if not isinstance(value, Product)}
+        for correction in corrections
+    ]
+    return [
+        {
+            name: replace(value, addend=vector[name], multiple=1 / damping)
+            if isinstance(value, Product)
+            else made[name]
+            for name, value in correction.items()
+        }
+        for correction, vector, made in zip(corrections, vectors, corrected(vectors, arrays, damping), strict=True)
+    ]

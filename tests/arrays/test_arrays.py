@@ -183,6 +183,19 @@ def test_what_is_left_as_a_product_has_any_shape(array):
     np.testing.assert_allclose(total, 0.5 + (first @ second).reshape(2, 2, 4), atol=1e-13)
 
 
+def test_what_is_left_as_a_product_takes_another_array_along(array):
+    first, second, third = np.random.default_rng(0).standard_normal((3, 4, 4))
+    before = third.copy()
+    one = arrays.Product(array(first), array(second), (2, 2, 4), array(third.reshape(2, 2, 4)), -0.3)
+    expected = (first @ second - 0.3 * third).reshape(2, 2, 4)
+    np.testing.assert_allclose(arrays.as_array(one), expected, atol=1e-13)
+    total = array(np.ones((2, 2, 4)))
+    one.add_to(total, 0.5)
+    np.testing.assert_allclose(total, 0.5 + expected, atol=1e-13)
+    np.testing.assert_array_equal(third, before)
+    assert arrays.add_multiples([], [], 2.0) == []
+
+
 @pytest.mark.parametrize("function", [arrays.product, arrays.aligned_product])
 def test_products_inside_a_transform(function, monkeypatch):
     if function is arrays.aligned_product:

@@ -164,11 +164,22 @@ def test_kronecker_solvers_of_blocks_that_are_no_products_are_refused_at_constru
         built(model, **{**options, "solver": {"1": Woodbury(), "*": options["solver"]}})
 
 
-@pytest.mark.parametrize(("left", "right", "fine"), [(1e18, 1e18, True), (1e30, 1e30, False), (math.nan, 0.0, False)])
+@pytest.mark.parametrize(
+    ("left", "right", "addend", "fine"),
+    [
+        (1e18, 1e18, None, True),
+        (1e18, 1e18, 1e18, True),
+        (1e30, 1e30, None, False),
+        (math.nan, 0.0, None, False),
+        (1.0, 1.0, math.inf, False),
+        (1.0, 1.0, math.nan, False),
+    ],
+)
 @pytest.mark.parametrize("deferred", [False, True])
-def test_products_are_looked_at_before_they_are_multiplied(left, right, fine, deferred):
-    """Both matrices of the second are finite."""
-    product = Product(torch.full((2, 3), left), torch.full((3, 2), right))
+def test_products_are_looked_at_before_they_are_multiplied(left, right, addend, fine, deferred):
+    """Both matrices of the third are finite."""
+    added = None if addend is None else torch.full((2, 2), addend)
+    product = Product(torch.full((2, 3), left), torch.full((3, 2), right), None, added, -0.1)
     later = Deferred() if deferred else None
     directions = {"0": {"weight": torch.ones(3)}, "1": {"weight": product, "bias": torch.ones(2)}}
     refused = None
