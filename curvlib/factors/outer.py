@@ -172,14 +172,19 @@ class OuterProduct(Factors):
     def combined_lazily(self, weights: Array, other: Factors, other_weights: Array) -> dict[str, Array | Product]:
         if isinstance(other, Scaled):
             return self.combined_lazily(weights, other.base, other_weights * other.scale)
-        if not isinstance(other, OuterProduct) or not self.same_inputs(other):
+        if not isinstance(other, OuterProduct):
             return dict(super().combined(weights, other, other_weights))
         self._require_same_block(other)
-        # Cotangents of the same pass: one product with its inputs is enough for both.
         result: dict[str, Array | Product] = {}
         if self.weight is not None:
-            weighted = self._weighted(weights) + other._weighted(other_weights)
-            result[self.weight] = Product(weighted.T, self.inputs)
+            # Rows of one pass have their inputs in common, and others are put beneath: one product for both.
+            weighted, theirs, inputs = self._weighted(weights), other._weighted(other_weights), self.inputs
+            if self.same_inputs(other):
+                weighted = weighted + theirs
+            else:
+                concat = namespace(weighted, theirs).concat
+                weighted, inputs = concat([weighted, theirs], axis=0), concat([inputs, other.inputs], axis=0)
+            result[self.weight] = Product(weighted.T, inputs)
         if self.bias is not None:
             result[self.bias] = self._summed(weights) + other._summed(other_weights)
         return result
