@@ -1,7 +1,7 @@
 """The least that a step can cost with the kernels at hand: ``python -m benchmarks.floors --out DIRECTORY``.
 
 A floor is the sum of what no library around the kernels can save: the passes of the model (without weight gradients
-where the gradient is taken as rows), explicit rows, the products, factorisations and solves of all blocks, and the
+where the gradient is taken as rows), explicit rows, the products, factorisations and solves of all blocks with the
 update of the parameters, each measured alone, in turns with a step of SGD. Hooks, checks and the composition of a step
 count nothing.
 """
@@ -20,8 +20,10 @@ from benchmarks.peers.methods import DAMPING, LR, METHODS, MOMENTUM, left_out
 from benchmarks.peers.workloads import WORKLOADS, problem
 from benchmarks.record import circumstances, write
 from benchmarks.suites.blocks import in_turns
+from curvlib.arrays import in_pieces
 from curvlib.factors import Dense, Plan, Scaled
 from curvlib.layers import adapter_for
+from curvlib.precond import Context
 from curvlib.solvers import EKFAC, KFAC, Woodbury
 
 PERIOD = 10
@@ -76,6 +78,9 @@ class Blocks:
         # Rows that an adapter makes explicitly; those of other kinds become explicit when a solver takes them.
         explicit = [name for name, one in rows.items() if type(one.base if type(one) is Scaled else one) is Dense]
         self.explicit = [_adapted(model.get_submodule(name), *calls[name]) for name in explicit]
+        self.places = [(name, inner) for name, one in rows.items() for inner in one.shapes]
+        self.parameters = [parameters[f"{name}.{inner}"].detach() for name, inner in self.places]
+        self.momenta = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.parts = []
         for own, names in ((Woodbury(), exact), (solver, [name for name in rows if name not in exact])):
             factors = [rows[name] for name in names]
@@ -85,33 +90,42 @@ class Blocks:
                 else {inner: parameters[f"{name}.{inner}"].grad for inner in factor.shapes}
                 for name, factor in zip(names, factors, strict=True)
             ]
-            self.parts += [_Part(own, factors, gradients)] if names else []
+            self.parts += [_Part(own, names, factors, gradients)] if names else []
         self.from_rows = all(part.from_rows for part in self.parts)
 
     def refresh(self):
-        self._renew(lambda part: part.refresh())
+        self._rows()
+        for part in self.parts:
+            part.refresh()
+        self.plan.buffers.trim()
 
     def sampled(self):
-        """Refresh, and solve for the mean of other rows of the same pass: a fresh step of the sampled Fisher."""
-        self._renew(lambda part: part.sampled())
+        """Refresh, and a step for the mean of other rows of the same pass: a fresh step of the sampled Fisher."""
+        self._rows()
+        self._update([part.sampled() for part in self.parts])
+        self.plan.buffers.trim()
 
-    def _renew(self, work):
+    def _rows(self):
         with torch.no_grad():
             for rows in self.explicit:
                 rows()
-        for part in self.parts:
-            work(part)
-        self.plan.buffers.trim()
 
     def solve(self):
-        for part in self.parts:
-            part.solver.solve_all(part.inverses, part.gradients)
+        """Solve for the gradients, and update the parameters with momentum."""
+        self._update([part.solver.solve_lazily(part.inverses, part.gradients) for part in self.parts])
 
     def solve_own(self):
-        """Solve for the mean of the very rows, which is what a fresh step of the empirical Fisher does."""
-        for part in self.parts:
-            own = [getattr(inverse, "factors", rows) for inverse, rows in zip(part.inverses, part.factors, strict=True)]
-            part.solver.solve_all(part.inverses, own)
+        """Do so for the mean of the very rows, which is what a fresh step of the empirical Fisher does."""
+        self._update([part.solver.solve_lazily(part.inverses, part.own()) for part in self.parts])
+
+    def _update(self, naturals):
+        made = {}
+        for part, own in zip(self.parts, naturals, strict=True):
+            made |= dict(zip(part.names, own, strict=True))
+        directions = [made[name][inner] for name, inner in self.places]
+        context = Context(self.parameters, self.parameters, [LR] * len(self.parameters), 0)
+        moves = curvlib.Momentum(MOMENTUM).apply(directions, context, {"momentum": self.momenta})
+        torch._foreach_add_(*in_pieces(self.parameters, moves), alpha=-LR)
 
 
 def _calls(model):
@@ -139,8 +153,8 @@ def _adapted(module, x, saved, g):
 
 
 class _Part:
-    def __init__(self, solver, factors, gradients):
-        self.solver, self.factors, self.gradients = solver, factors, gradients
+    def __init__(self, solver, names, factors, gradients):
+        self.solver, self.names, self.factors, self.gradients = solver, names, factors, gradients
         self.from_rows = all(isinstance(gradient, curvlib.factors.Factors) for gradient in gradients)
         gains = [solver.gains_from_rows(rows, same=False, together=True) for rows in factors]
         # Rows with the inputs in common, as those of the loss have.
@@ -153,8 +167,12 @@ class _Part:
     def refresh(self):
         self.inverses = self._inverses(self.factors)
 
+    def own(self):
+        """Rows that the inverses are of, where they say so."""
+        return [getattr(inverse, "factors", rows) for inverse, rows in zip(self.inverses, self.factors, strict=True)]
+
     def sampled(self):
-        self.solver.solve_all(self._inverses([rows.remembering() for rows in self.factors]), self.others)
+        return self.solver.solve_lazily(self._inverses([rows.remembering() for rows in self.factors]), self.others)
 
     def _inverses(self, factors):
         estimates = self.solver.update_all([None] * len(factors), factors)
@@ -172,17 +190,18 @@ def floors(workload, rounds):
     timed["TENGraD refresh and solve, sampled"] = blocks["TENGraD"].sampled
     ms = {name: 1e3 * value for name, value in zip(timed, in_turns(*timed.values(), rounds=rounds), strict=True)}
     ms["second backward"] -= ms["passes"]
-    fresh = ms["passes"] + ms["update"] + ms["TENGraD refresh"] + ms["TENGraD solve, own rows"]
-    stale = ms["SGD step"] + ms["TENGraD solve"]
+    fresh = ms["passes"] + ms["TENGraD refresh"] + ms["TENGraD solve, own rows"]
+    gradient = ms["SGD step"] - ms["update"]
+    stale = gradient + ms["TENGraD solve"]
     from_rows = all(part.all_from_rows for part in blocks["TENGraD"].parts)
-    bare = (ms["passes"] + ms["update"] if from_rows else ms["SGD step"]) + ms["second backward"]
+    bare = (ms["passes"] if from_rows else gradient) + ms["second backward"]
     steps = {
         "TENGraD, fresh": fresh,
         "TENGraD, refresh 10": stale + (fresh - stale) / PERIOD,
         "TENGraD, sampled, fresh": bare + ms["TENGraD refresh and solve, sampled"],
     }
     for name in ("KFAC", "EKFAC"):
-        bare = ms["passes"] + ms["update"] if blocks[name].from_rows else ms["SGD step"]
+        bare = ms["passes"] if blocks[name].from_rows else gradient
         refresh = ms[f"{name} refresh"] + ms["second backward"]
         steps[f"{name}, refresh 10"] = bare + ms[f"{name} solve"] + refresh / PERIOD
     return {"ratios": {name: step / ms["SGD step"] for name, step in steps.items()}, "milliseconds": ms}

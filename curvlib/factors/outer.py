@@ -151,9 +151,8 @@ class OuterProduct(Factors):
         if self.weight is None:
             return self.dense().matvec(vector)
         outputs = product(self.inputs, vector[self.weight].T)
-        if self.bias is not None:
-            outputs = outputs + vector[self.bias]
-        return (self.cotangents * outputs[:, None, :]).sum(axis=-1).reshape(-1)
+        products = (self.cotangents * outputs[:, None, :]).sum(axis=-1).reshape(-1)
+        return products if self.bias is None else products + matrix_vector(self._flat_cotangents(), vector[self.bias])
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:
         return evaluated(self.rmatvec_lazily(weights))

@@ -28,11 +28,12 @@ def test_every_method_has_a_floor():
         "KFAC, refresh 10",
         "EKFAC, refresh 10",
     }
-    fresh = ms["passes"] + ms["update"] + ms["TENGraD refresh"] + ms["TENGraD solve, own rows"]
+    fresh = ms["passes"] + ms["TENGraD refresh"] + ms["TENGraD solve, own rows"]
     assert ratios["TENGraD, fresh"] == pytest.approx(fresh / ms["SGD step"])
-    stale = (ms["SGD step"] + ms["TENGraD solve"]) / ms["SGD step"]
+    gradient = ms["SGD step"] - ms["update"]
+    stale = (gradient + ms["TENGraD solve"]) / ms["SGD step"]
     # Rows of the batch norm and of the convolution are explicit, so that the loss's gradient is too.
-    sampled = ms["SGD step"] + ms["second backward"] + ms["TENGraD refresh and solve, sampled"]
+    sampled = gradient + ms["second backward"] + ms["TENGraD refresh and solve, sampled"]
     assert ratios["TENGraD, sampled, fresh"] == pytest.approx(sampled / ms["SGD step"])
     assert ratios["TENGraD, refresh 10"] == pytest.approx(0.9 * stale + 0.1 * ratios["TENGraD, fresh"])
 
@@ -61,6 +62,16 @@ def test_blocks_solve_for_the_gradient_of_the_workload(solver):
         (norm,) = [rows() for rows in blocks.explicit]
     for name in ("weight", "bias"):
         torch.testing.assert_close(norm.values[name].sum(0), expected[f"1.{name}"])
+    before = {place: p.clone() for place, p in zip(blocks.places, blocks.parameters, strict=True)}
+    assert before.keys() == {tuple(name.rsplit(".", 1)) for name in expected}
     blocks.solve()
+    naturals = {
+        (name, inner): value
+        for part in blocks.parts
+        for name, natural in zip(part.names, part.solver.solve_all(part.inverses, part.gradients), strict=True)
+        for inner, value in natural.items()
+    }
+    for place, p in zip(blocks.places, blocks.parameters, strict=True):
+        torch.testing.assert_close(p, before[place] - floors.LR * naturals[place])
     blocks.solve_own()
     blocks.refresh()
