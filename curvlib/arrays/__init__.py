@@ -32,7 +32,7 @@ from curvlib.arrays.linalg import (
 )
 from curvlib.arrays.namespace import Array, Vector, contract, device, dot, kernels, namespace, nbytes, same
 from curvlib.arrays.pieces import in_pieces
-from curvlib.arrays.products import Product, as_array, evaluated
+from curvlib.arrays.products import Product, as_array, evaluated, lazily
 from curvlib.arrays.state import TRANSIENT, altered, map_arrays, pack, record, unpack
 
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
     "index_add",
     "is_finite",
     "kernels",
+    "lazily",
     "map_arrays",
     "matrix_vector",
     "namespace",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from curvlib.arrays.linalg import add_multiples, add_product, product
 from curvlib.arrays.namespace import Array
 
-__all__ = ["Product", "as_array", "evaluated"]
+__all__ = ["Product", "as_array", "evaluated", "lazily"]
+
+_WORTH = 1 << 15
+"""Elements from which a pass over a product takes longer than what is to be done to save it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +60,12 @@ class Product:
         add_product(total.reshape(self._matrix), self.left, self.right, decay)
         if self.addend is not None:
             add_multiples([total], [self.addend], self.multiple)
+
+
+def lazily(left: Array, right: Array, shaped: tuple[int, ...] | None = None) -> Array | Product:
+    """`Product` of two matrices, or its value where it is small."""
+    one = Product(left, right, shaped)
+    return one if prod(one.shape) >= _WORTH else one.value()
 
 
 def as_array(one: Array | Product) -> Array:

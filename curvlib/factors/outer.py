@@ -14,6 +14,7 @@ from curvlib.arrays import (
     contract,
     evaluated,
     hadamard_gram,
+    lazily,
     matrix_vector,
     namespace,
     product,
@@ -160,7 +161,7 @@ class OuterProduct(Factors):
     def rmatvec_lazily(self, weights: Array) -> dict[str, Array | Product]:
         result: dict[str, Array | Product] = {}
         if self.weight is not None:
-            result[self.weight] = Product(self._weighted(weights).T, self.inputs)
+            result[self.weight] = lazily(self._weighted(weights).T, self.inputs)
         if self.bias is not None:
             result[self.bias] = self._summed(weights)
         return result
@@ -183,7 +184,7 @@ class OuterProduct(Factors):
             else:
                 concat = namespace(weighted, theirs).concat
                 weighted, inputs = concat([weighted, theirs], axis=0), concat([inputs, other.inputs], axis=0)
-            result[self.weight] = Product(weighted.T, inputs)
+            result[self.weight] = lazily(weighted.T, inputs)
         if self.bias is not None:
             result[self.bias] = self._summed(weights) + other._summed(other_weights)
         return result

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
-from curvlib.arrays import Array, Product, altered, device, matrix_vector, namespace, stacked
+from curvlib.arrays import Array, Product, altered, device, lazily, matrix_vector, namespace, stacked
 from curvlib.factors import Factors, KroneckerLayout
 from curvlib.factors.kronecker import KroneckerRows
 from curvlib.factors.scaled import unscaled
@@ -119,9 +119,7 @@ def _vector(layout: KroneckerLayout, natural: Halves | Array) -> dict[str, Array
         return dict(layout.vector(left @ right))
     # Apart, so that nothing has to be taken out of a matrix of both.
     d_in = right.shape[2] - (layout.bias is not None)
-    parts: dict[str, Array | Product] = {
-        layout.weight: Product(left[0], right[0, :, :d_in], tuple(layout.weight_shape))
-    }
+    parts: dict[str, Array | Product] = {layout.weight: lazily(left[0], right[0, :, :d_in], tuple(layout.weight_shape))}
     if layout.bias is not None:
         parts[layout.bias] = matrix_vector(left[0], right[0, :, d_in])
     return parts

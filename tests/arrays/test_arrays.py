@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from curvlib import arrays
-from curvlib.arrays import torch_kernels
+from curvlib.arrays import products, torch_kernels
 from curvlib.errors import CurvatureError, NotPositiveDefiniteError
 from curvlib.factors import OuterProduct
 from curvlib.solvers import Woodbury
@@ -181,6 +181,15 @@ def test_what_is_left_as_a_product_has_any_shape(array):
     total = array(np.ones((2, 2, 4)))
     one.add_to(total, 0.5)
     np.testing.assert_allclose(total, 0.5 + (first @ second).reshape(2, 2, 4), atol=1e-13)
+
+
+@pytest.mark.parametrize(("worth", "kind"), [(15, arrays.Product), (16, arrays.Product), (17, None)])
+def test_small_products_are_multiplied_at_once(worth, kind, array, monkeypatch):
+    monkeypatch.setattr(products, "_WORTH", worth)
+    first, second = np.random.default_rng(0).standard_normal((2, 4, 4))
+    made = arrays.lazily(array(first), array(second), (2, 8))
+    assert isinstance(made, arrays.Product) == (kind is not None)
+    np.testing.assert_allclose(arrays.as_array(made), (first @ second).reshape(2, 8), atol=1e-13)
 
 
 def test_what_is_left_as_a_product_takes_another_array_along(array):
