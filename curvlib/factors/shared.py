@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from curvlib.arrays import TRANSIENT, Array, Vector, aligned_product, altered, contract, namespace
+from curvlib.arrays import TRANSIENT, Array, Vector, altered, contract, namespace
 from curvlib.errors import ConfigurationError
 from curvlib.factors import cost
 from curvlib.factors.base import Factors, Sharing, joint_samples
@@ -222,24 +222,15 @@ class SharedOuter(Factors):
             g = contract("ncrgo,gop->ncrgp", g, cotangents)
         then = None if positions_first.cotangents else cotangents
         if positions_first.inputs:
-            a = xp.permute_dims(self._rotated_inputs(a, inputs), (0, 2, 1, 3))
-            return rotated_product_squares(xp.permute_dims(g, (0, 1, 3, 4, 2)), a, then)
+            apart = dataclasses.replace(self, inputs=a, cotangents=g).kronecker_rows()
+            rotated = apart.project_inputs(inputs).reshape(groups, *a.shape[:2], -1)
+            rotated = xp.permute_dims(rotated, (1, 0, 2, 3))
+            return rotated_product_squares(xp.permute_dims(g, (0, 1, 3, 4, 2)), rotated, then)
         rows = contract("ncrgo,nrgi->ncgoi", g, a)
         rows = rows.reshape(-1, groups, *rows.shape[3:])
         if self.bias is not None:
             rows = xp.concat([rows, g.sum(axis=2).reshape(*rows.shape[:3], 1)], axis=3)
         return rotated_row_squares(rows, inputs, then)
-
-    def _rotated_inputs(self, a: Array, basis: Array) -> Array:
-        """Inputs in a basis, that of the bias with them, shape ``(n, positions, groups, d)``."""
-        d_in = self.inputs.shape[3]
-        if basis.shape[0] == 1:
-            rotated = aligned_product(a.reshape(-1, d_in), basis[0, :d_in]).reshape(*a.shape[:3], -1)
-        else:
-            rotated = contract("nrgi,gij->nrgj", a, basis[:, :d_in])
-        if self.bias is not None:
-            rotated += basis[:, d_in]
-        return rotated
 
     def rows(self, index: Array) -> SharedOuter:
         flat = self.cotangents.reshape(len(self), 1, *self.cotangents.shape[2:])

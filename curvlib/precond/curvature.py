@@ -315,7 +315,6 @@ def natural_gradients(
     states: Mapping[str, BlockState],
     gradients: Mapping[str, BlockGradient],
     later: Later | None = None,
-    lazily: bool = False,
 ) -> dict[str, dict[str, Direction]]:
     """Natural gradients of all blocks that have a gradient; those of one solver are solved for together.
 
@@ -325,8 +324,6 @@ def natural_gradients(
         By block.
     later
         Takes the checks of solves, where nobody waits for them.
-    lazily
-        Whether they may be left as products of matrices.
     """
     result: dict[str, dict[str, Direction]] = {}
     together: dict[int, list[str]] = {}
@@ -340,7 +337,7 @@ def natural_gradients(
         asked = [_wide(one.vector) if one.own or one.rows is None else one.rows.factors for one in given]
         with naming(*names), nullcontext() if later is None else deferred() as checks:
             solver, inverses = solvers[names[0]], [states[name].inverse for name in names]
-            naturals = solver.solve_lazily(inverses, asked) if lazily else solver.solve_all(inverses, asked)
+            naturals = solver.solve_lazily(inverses, asked)
         if later is not None and checks is not None:
             later.directions.take(checks, f"block {' or '.join(map(repr, names))}: ")
         for name, one, natural in zip(names, given, naturals, strict=True):

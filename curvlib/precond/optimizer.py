@@ -264,7 +264,7 @@ class NaturalGradient(Deferring):
         later = renewal.later
         # Rows that are not finite have no Cholesky factor, so what an exact solver made of them needs no second look.
         sound = self._always and self.fisher.needs_backward
-        directions = natural_gradients(renewal.solvers, curvature, gradients, later, lazily=True)
+        directions = natural_gradients(renewal.solvers, curvature, gradients, later)
         looked = {
             name: direction
             for name, direction in directions.items()

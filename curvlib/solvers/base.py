@@ -143,7 +143,7 @@ class Solver(Checked, ABC):
         """
         return self.solve_all(inverses, gradients)
 
-    def _inherits(self, owner: type[Solver], *names: str) -> bool:
+    def _inherits(self, owner: type, *names: str) -> bool:
         """Whether these methods are those of a class, so that another of its methods may stand for them."""
         return all(getattr(type(self), name) is getattr(owner, name) for name in names)
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from curvlib.arrays import Array, Product, device, eigh, evaluated, namespace, qr, record, side_by_side
+from curvlib.arrays import Array, device, eigh, namespace, qr, record, side_by_side
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, KroneckerLayout, Sharing
 from curvlib.solvers.average import averaged, check_decay
-from curvlib.solvers.base import Gradient, Solver, check_choice, check_damping
+from curvlib.solvers.base import check_choice, check_damping
 from curvlib.solvers.kfac import KFAC, KFACEigen, KFACEstimate
-from curvlib.solvers.pairs import adjoined, rows_pay, solved_lazily
+from curvlib.solvers.pairs import KroneckerSolver, adjoined
 
 __all__ = ["EKFAC", "EKFACEstimate"]
 
@@ -49,7 +49,7 @@ class EKFACEstimate:
 
 
 @dataclass(frozen=True)
-class EKFAC(Solver):
+class EKFAC(KroneckerSolver):
     """EKFAC (George et al. 2018, arXiv 1806.03884): the best diagonal in K-FAC's eigenbasis.
 
     Parameters
@@ -122,25 +122,8 @@ class EKFAC(Solver):
         return KFACEigen(estimate.inputs, estimate.cotangents, reciprocals, estimate.layout)
 
     def factorize_all(self, estimates: Sequence[EKFACEstimate], dampings: Sequence[float]) -> list[KFACEigen]:
-        return adjoined(super().factorize_all(estimates, dampings))
-
-    def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
-        return rows_pay(factors)
-
-    def solve(self, inverse: KFACEigen, gradient: Gradient) -> dict[str, Array]:
-        return evaluated(solved_lazily([inverse], [gradient])[0])
-
-    def solve_all(self, inverses: Sequence[KFACEigen], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
-        if type(self).solve is not EKFAC.solve:
-            return super().solve_all(inverses, gradients)
-        return [evaluated(natural) for natural in solved_lazily(inverses, gradients)]
-
-    def solve_lazily(
-        self, inverses: Sequence[KFACEigen], gradients: Sequence[Gradient]
-    ) -> list[dict[str, Array | Product]]:
-        if not self._inherits(EKFAC, "solve", "solve_all", "remember"):
-            return super().solve_lazily(inverses, gradients)
-        return solved_lazily(inverses, gradients)
+        made = super().factorize_all(estimates, dampings)
+        return adjoined(made) if self._inherits(EKFAC, "factorize") else made
 
 
 def _basis(matrix: Array, before: Array | None) -> Array:

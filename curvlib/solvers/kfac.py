@@ -9,14 +9,12 @@ from typing import Any, ClassVar, Literal, get_args
 
 from curvlib.arrays import (
     Array,
-    Product,
     add_diagonal,
     aligned_product,
     cholesky,
     cholesky_inverse,
     cholesky_solve,
     eigh,
-    evaluated,
     namespace,
     record,
     side_by_side,
@@ -25,8 +23,8 @@ from curvlib.arrays import (
 from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, KroneckerLayout, KroneckerRows, Sharing
 from curvlib.solvers.average import averaged, check_decay
-from curvlib.solvers.base import Gradient, Solver, check_choice, check_damping
-from curvlib.solvers.pairs import Halves, adjoined, rows_pay, solved_lazily
+from curvlib.solvers.base import check_choice, check_damping
+from curvlib.solvers.pairs import Halves, KroneckerSolver, adjoined
 
 __all__ = ["KFAC", "KFACEigen", "KFACEstimate", "KFACInverse"]
 
@@ -135,7 +133,7 @@ class KFACEigen:
 
 
 @dataclass(frozen=True)
-class KFAC(Solver):
+class KFAC(KroneckerSolver):
     """K-FAC (Martens & Grosse 2015, arXiv 1503.05671): the block as one Kronecker product.
 
     Exact for one sample with one output; otherwise the approximation that inputs and cotangents are independent.
@@ -229,26 +227,6 @@ class KFAC(Solver):
 
     def _explicit(self, width: int, other: int) -> bool:
         return self.form == "inverse" or (self.form == "auto" and width <= max(_NARROW, _WIDER * other))
-
-    def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
-        return rows_pay(factors)
-
-    def solve(self, inverse: KFACInverse | KFACEigen, gradient: Gradient) -> dict[str, Array]:
-        return evaluated(solved_lazily([inverse], [gradient])[0])
-
-    def solve_all(
-        self, inverses: Sequence[KFACInverse | KFACEigen], gradients: Sequence[Gradient]
-    ) -> list[dict[str, Array]]:
-        if type(self).solve is not KFAC.solve:
-            return super().solve_all(inverses, gradients)
-        return [evaluated(natural) for natural in solved_lazily(inverses, gradients)]
-
-    def solve_lazily(
-        self, inverses: Sequence[KFACInverse | KFACEigen], gradients: Sequence[Gradient]
-    ) -> list[dict[str, Array | Product]]:
-        if not self._inherits(KFAC, "solve", "solve_all", "remember"):
-            return super().solve_lazily(inverses, gradients)
-        return solved_lazily(inverses, gradients)
 
 
 def split_damping(inputs: Array, cotangents: Array, damping: float, balanced: bool) -> tuple[Any, Any]:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
-from curvlib.arrays import Array, Product, altered, device, lazily, matrix_vector, namespace, stacked
+from curvlib.arrays import Array, Product, altered, device, evaluated, lazily, matrix_vector, namespace, stacked
 from curvlib.factors import Factors, KroneckerLayout
 from curvlib.factors.kronecker import KroneckerRows
 from curvlib.factors.scaled import unscaled
-from curvlib.solvers.base import Gradient, as_vector, check_block
+from curvlib.solvers.base import Gradient, Solver, as_vector, check_block
 
-__all__ = ["Halves", "MatrixInverse", "adjoined", "paired_rows", "rows_pay", "solved_lazily"]
+__all__ = ["Halves", "KroneckerSolver", "MatrixInverse", "adjoined", "paired_rows", "rows_pay"]
 
 _SMALL = 1 << 17
 """Elements of both sides up to which copying those of several blocks together costs less than calls for each."""
@@ -36,6 +36,28 @@ class MatrixInverse(Protocol):
 
     def apply_to_rows(self, rows: KroneckerRows) -> Halves:
         """Return the natural gradient of ``cotangentsᵀ [inputs, 1]``."""
+
+
+class KroneckerSolver(Solver):
+    """A solver whose `factorize` makes inverses of this kind."""
+
+    def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
+        return rows_pay(factors)
+
+    def solve(self, inverse: MatrixInverse, gradient: Gradient) -> dict[str, Array]:
+        return evaluated(_solved([inverse], [gradient])[0])
+
+    def solve_all(self, inverses: Sequence[MatrixInverse], gradients: Sequence[Gradient]) -> list[dict[str, Array]]:
+        if not self._inherits(KroneckerSolver, "solve"):
+            return super().solve_all(inverses, gradients)
+        return [evaluated(natural) for natural in _solved(inverses, gradients)]
+
+    def solve_lazily(
+        self, inverses: Sequence[MatrixInverse], gradients: Sequence[Gradient]
+    ) -> list[dict[str, Array | Product]]:
+        if not self._inherits(KroneckerSolver, "solve", "solve_all", "remember"):
+            return super().solve_lazily(inverses, gradients)
+        return _solved(inverses, gradients)
 
 
 @dataclass(frozen=True)
@@ -72,7 +94,7 @@ def _together(shape: Sequence[int]) -> bool:
     return sum(size * size for size in shape[1:]) <= _SMALL
 
 
-def solved_lazily(inverses: Sequence[MatrixInverse], gradients: Sequence[Gradient]) -> list[dict[str, Array | Product]]:
+def _solved(inverses: Sequence[MatrixInverse], gradients: Sequence[Gradient]) -> list[dict[str, Array | Product]]:
     """Natural gradients of several blocks: row by row where that is cheaper, small ones of one shape in one call."""
     results: list[Any] = [None] * len(inverses)
     alike: dict[Any, list[_Posed]] = {}

@@ -185,3 +185,23 @@ def test_one_matrix_that_is_not_positive_definite_refuses_its_stack(solver):
         matrix -= 100 * torch.eye(len(matrix), dtype=matrix.dtype)
         with pytest.raises(NotPositiveDefiniteError):
             solver.factorize_all(estimates, [0.1] * 6)
+
+
+class OwnInverse(EKFAC):
+    """An inverse of another kind, which knows nothing of being put together with others."""
+
+    def factorize(self, estimate, damping):
+        return {"of": super().factorize(estimate, damping)}
+
+    def solve(self, inverse, gradient):
+        return super().solve(inverse["of"], gradient)
+
+
+def test_a_solver_of_ones_own_may_make_inverses_of_another_kind():
+    made = OwnInverse().factorize_all(OwnInverse().update_all([None] * len(EQUAL), EQUAL), [0.1] * len(EQUAL))
+    expected = EKFAC().factorize_all(EKFAC().update_all([None] * len(EQUAL), EQUAL), [0.1] * len(EQUAL))
+    for solve in ("solve_all", "solve_lazily"):
+        own, theirs = getattr(OwnInverse(), solve)(made, EQUAL), EKFAC().solve_all(expected, EQUAL)
+        for natural, other in zip(own, theirs, strict=True):
+            for name, value in other.items():
+                torch.testing.assert_close(natural[name], value, rtol=1e-11, atol=1e-12)
