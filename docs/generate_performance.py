@@ -121,11 +121,12 @@ allocator preloaded) all pages are kept, for SGD's activations as well as for ro
 
 ## Floors
 
-What a step costs with the kernels alone: the model's passes (without weight gradients where the gradient is taken as
-rows), explicit rows, products, factorisations, and solves of all blocks with the update, each measured by itself on
-data that are there already. Hooks, checks and the composition of a step count nothing. The parts take turns, so that
-each finds cold caches; a step that finds its data warm can be faster than their sum. Floor, and behind it the whole
-step of the table above:
+A bare step is one that is written by hand around the same kernels, in their order (`benchmarks/bare.py`): the model's
+passes with weight gradients only where a solver wants them, rows as soon as their cotangents arrive, products,
+factorisations, solves, momentum and the update. It checks nothing and knows one kind of network; a test holds it to the
+very numbers of a whole step. What it takes longer than a step of SGD is the method's price on this machine, and no
+library around these kernels can be cheaper; what a whole step takes longer than that is curvlib's. Both against SGD, in
+the same process, in turns with each other: bare … whole step.
 
 {floors}
 {floors_where}
@@ -201,28 +202,19 @@ def anatomy(growth: dict[str, Any]) -> str:
     return table(["workload", "SGD step", "TENGraD step", "rows and Gram", "factorisation", "solve"], rows)
 
 
-FLOORS = {
-    "TENGraD, fresh": "curvlib TENGraD, empirical",
-    "TENGraD, refresh 10": "curvlib TENGraD, empirical, refresh 10",
-    "TENGraD, sampled, fresh": "curvlib TENGraD, sampled",
-    "KFAC, refresh 10": "curvlib KFAC, refresh 10",
-    "EKFAC, refresh 10": "curvlib EKFAC, refresh 10",
-}
-"""Method of benchmarks.floors to row of the peers' table."""
-
-
-def floors(measured: dict[str, Any], peers: dict[str, Any]) -> str:
-    """Return floors, each with the ratio of the whole step."""
+def floors(measured: dict[str, Any]) -> str:
+    """Return the table of bare steps and whole ones."""
     workloads = measured["workloads"]
+    methods = list(next(iter(workloads.values())))
     rows = [
         [
             method,
             *(
-                f"{cells['ratios'][method]:.2f} … {peers['workloads'][workload][row]['ratio']:.2f}"
-                for workload, cells in workloads.items()
+                f"{cells[method]['bare']['ratio']:.2f} … {cells[method]['whole']['ratio']:.2f}"
+                for cells in workloads.values()
             ),
         ]
-        for method, row in FLOORS.items()
+        for method in methods
     ]
     return table(["method", *workloads], rows)
 
@@ -296,7 +288,7 @@ def text() -> str:
         megabytes=report.megabytes(peers),
         anatomy=anatomy(growth),
         growth_where=where(growth["environment"]),
-        floors=floors(least, peers),
+        floors=floors(least),
         floors_where=where(least["environment"]),
         growth=slopes(growth),
         product=growth["roofline"]["product"],

@@ -17,6 +17,7 @@ from curvlib.arrays.torch_decompositions import (
     cholesky_inverse,
     cholesky_solve,
     eigh,
+    on_host,
     qr,
     side_by_side,
     small_factors,
@@ -53,7 +54,10 @@ __all__ = [
 _SPLIT_UP_TO, _PART = 128, 2048
 """Rows up to which, and columns by which, a long product is cut on a CPU."""
 
-_SHARED, _INNER = range(2**11, 2**27), 8
+_WOKEN_FOR = range(2**13, 2**18 + 1)
+"""Multiply-adds of a product that torch wakes its threads for, and NumPy's BLAS (OpenBLAS) does without any."""
+
+_SHARED, _INNER = range(2**18, 2**27), 8
 """Multiply-adds of a product, and its inner size, that are worth a call which gives every thread rows, on a CPU."""
 
 _STREAMED_FROM = 2**23
@@ -115,8 +119,20 @@ def product(first: Tensor, second: Tensor) -> Tensor:
     """A B of matrices, or of stacks of them."""
     if first.ndim == 3 and first.shape[0] == second.shape[0] == 1:
         return product(first[0], second[0])[None]
-    parts = _shares(first, second) if first.ndim == second.ndim == 2 else None
+    if first.ndim != 2 or second.ndim != 2:
+        return first @ second
+    if len(first) * second.numel() in _WOKEN_FOR and on_host(first, second):
+        return _alone(first, second)
+    parts = _shares(first, second)
     return first @ second if parts is None else torch.bmm(*parts).flatten(0, 1)
+
+
+def _alone(first: Tensor, second: Tensor) -> Tensor:
+    """A B of small matrices, by one thread."""
+    a, b = (array.numpy() if 1 in array.stride() else array.contiguous().numpy() for array in (first, second))
+    if first.data_ptr() == second.data_ptr():
+        a = a.copy()  # else NumPy notices the symmetry, and its routine for that wakes threads
+    return torch.from_numpy(a @ b)
 
 
 def aligned_product(first: Tensor, second: Tensor) -> Tensor:

@@ -131,8 +131,10 @@ def test_what_products_are_made_with_lies_in_rows():
         assert made.is_contiguous()
 
 
-PRODUCTS = [(1, 1, 1), (5, 3, 4), (8, 12, 30), (7, 40, 40), (64, 9, 50), (2, 2000, 3), (64, 64, 64)]
-"""Rows, inner size and columns: shared out to threads and not, divisible by them and not."""
+PRODUCTS = [
+    (1, 1, 1), (5, 3, 4), (8, 12, 30), (7, 40, 40), (64, 9, 50), (2, 2000, 3), (64, 64, 64), (63, 64, 80), (256, 64, 40)
+]  # fmt: skip
+"""Rows, inner size and columns: for one thread, shared out to threads and not, divisible by them and not."""
 
 
 @pytest.mark.parametrize(("m", "k", "n"), PRODUCTS)
@@ -170,6 +172,37 @@ def test_products_with_gaps_between_rows(array, m, k, n, gaps, monkeypatch):
     np.testing.assert_allclose(several, np.stack([first @ second, -first @ second]), atol=1e-11)
     if gaps and isinstance(made, torch.Tensor):
         assert made.stride(0) == -(-n // 8) * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_products_go_to_numpy_where_nobody_would_miss_them(dtype, monkeypatch):
+    wanted = []
+
+    def alone(first, second, own=torch_kernels._alone):
+        wanted.append(first.shape)
+        return own(first, second)
+
+    monkeypatch.setattr(torch_kernels, "_alone", alone)
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(32, 40, generator=generator, dtype=dtype), torch.randn(40, 16, generator=generator, dtype=dtype)
+    gaps = torch.randn(80, 32, 2, generator=generator, dtype=dtype)[::2, :, 0].T  # no axis in a row
+    for one in (a, a.T.contiguous().T, a.repeat(1, 2)[:, 40:], gaps):
+        made = torch_kernels.product(one, b)
+        torch.testing.assert_close(made, one @ b)
+        assert made.dtype == dtype
+        torch.testing.assert_close(torch_kernels.self_product(one), one @ one.T)
+    assert len(wanted) == 8
+
+    followed = torch_kernels.product(a.clone().requires_grad_(), b)
+    assert followed.requires_grad
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        torch_kernels.product(a, b)
+    assert counter.get_total_flops() == 2 * 32 * 40 * 16
+    made = torch.func.vmap(lambda one: torch_kernels.product(one, b))(a[None])
+    torch.testing.assert_close(made[0], a @ b)
+    assert torch_kernels.product(a.bfloat16(), b.bfloat16()).dtype == torch.bfloat16
+    assert torch_kernels.product(a[:4], b[:, :2]).shape == (4, 2)
+    assert len(wanted) == 8
 
 
 def test_what_is_left_as_a_product_has_any_shape(array):

@@ -1,77 +1,83 @@
-"""Floors are sums of the parts of a step, which do what the parts of a real step do."""
+"""A bare step is the computation of a whole one, so that its time is a floor of the other's."""
+
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import floors
+import curvlib
+from benchmarks import bare, floors
 from benchmarks.peers import workloads
-from curvlib.solvers import KFAC, Woodbury
+from benchmarks.peers.methods import METHODS, composed
+from curvlib.solvers import EKFAC, KFAC, Woodbury
 
 
-def tiny():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
+class Shortcut(nn.Module):
+    """Norm layers of both kinds, sequences, an unused bias and a shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.image = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(2))
+        self.mix, self.norm, self.head = nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = self.image(x)
+        return self.head(nn.functional.relu(x + self.mix(self.norm(x))).flatten(1))
+
+
+@dataclass(frozen=True)
+class Fixed(curvlib.Sampled):
+    """Draws the same labels whoever asks."""
+
+    def cotangents(self, outputs, generator):
+        return super().cotangents(outputs, torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
 def workload(monkeypatch):
-    monkeypatch.setitem(workloads.WORKLOADS, "tiny", (tiny, (6, 3, 6, 6)))
+    monkeypatch.setitem(workloads.WORKLOADS, "tiny", (Shortcut, (6, 3, 6, 6)))
+
+
+@pytest.mark.parametrize("period", [1, 2])
+@pytest.mark.parametrize("solver", [Woodbury(), KFAC(), EKFAC()], ids=lambda solver: type(solver).__name__)
+@pytest.mark.parametrize("fisher", [curvlib.Empirical(), Fixed()], ids=lambda fisher: type(fisher).__name__)
+def test_bare_steps_do_what_whole_ones_do(fisher, solver, period):
+    bare_model, x, y = workloads.problem("tiny")
+    whole_model = workloads.problem("tiny")[0]
+    step = bare.BareStep(bare_model, x, y, fisher, solver, period)
+    other = composed(whole_model, x, y, fisher, solver, period, fused=True)
+    for _ in range(5):
+        torch.testing.assert_close(step(), other())
+    for (name, p), q, start in zip(
+        bare_model.named_parameters(), whole_model.parameters(), workloads.problem("tiny")[0].parameters(), strict=True
+    ):
+        assert not torch.equal(p, start), name
+        torch.testing.assert_close(p - start, q - start, rtol=1e-3, atol=1e-8, msg=name)
+
+
+def test_bare_steps_leave_out_the_weight_gradients_that_whole_ones_do():
+    step = bare.BareStep(*workloads.problem("tiny"), curvlib.Empirical(), Woodbury(), 2)
+    given = []
+    for _ in range(4):
+        step()
+        given.append(sum(p.grad is not None for p in step.model.parameters()))
+    # The first step does not know yet what its solver gains from; stale ones gain where a layer is wide.
+    assert given == [9, 7, 0, 7]
 
 
 def test_every_method_has_a_floor():
-    found = floors.floors("tiny", rounds=1)
-    ms, ratios = found["milliseconds"], found["ratios"]
-    assert ratios.keys() == {
-        "TENGraD, fresh",
-        "TENGraD, refresh 10",
-        "TENGraD, sampled, fresh",
-        "KFAC, refresh 10",
-        "EKFAC, refresh 10",
-    }
-    fresh = ms["passes"] + ms["TENGraD refresh"] + ms["TENGraD solve, own rows"]
-    assert ratios["TENGraD, fresh"] == pytest.approx(fresh / ms["SGD step"])
-    gradient = ms["SGD step"] - ms["update"]
-    stale = (gradient + ms["TENGraD solve"]) / ms["SGD step"]
-    # Rows of the batch norm and of the convolution are explicit, so that the loss's gradient is too.
-    sampled = gradient + ms["second backward"] + ms["TENGraD refresh and solve, sampled"]
-    assert ratios["TENGraD, sampled, fresh"] == pytest.approx(sampled / ms["SGD step"])
-    assert ratios["TENGraD, refresh 10"] == pytest.approx(0.9 * stale + 0.1 * ratios["TENGraD, fresh"])
+    found = floors.floors("tiny", rounds=1, window=0)
+    assert found.keys() == floors.BARE.keys() <= METHODS.keys()
+    for kinds in found.values():
+        assert kinds.keys() == {"bare", "whole"}
+        assert all(one["ratio"] > 0 for one in kinds.values())
 
 
-def test_passes_make_no_weight_gradient_and_send_cotangents_through_every_layer():
-    one = floors.Passes("tiny")
-    outputs = []
-    for module in one.model:
-        module.register_forward_hook(lambda module, args, output: outputs.append(output) or output.retain_grad())
-    one.passes()
-    assert all(output.grad is not None for output in outputs)
-    assert all((p.grad == 0).all() for p in one.parameters)
+def test_a_step_that_fails_is_named(monkeypatch):
+    def refuse(*arguments):
+        raise ValueError("too small")
 
-
-@pytest.mark.parametrize("solver", [Woodbury(), KFAC()], ids=str)
-def test_blocks_solve_for_the_gradient_of_the_workload(solver):
-    blocks = floors.Blocks("tiny", solver)
-    model, x, y = workloads.problem("tiny")
-    nn.functional.cross_entropy(model(x), y).backward()
-    expected = {name: p.grad for name, p in model.named_parameters()}
-    explicit = [g for part in blocks.parts for g in part.gradients if isinstance(g, dict)]
-    assert sum(len(gradient) for gradient in explicit) == (6 if solver.exact else 4)
-    for gradient in explicit:
-        assert all(any(torch.equal(value, other) for other in expected.values()) for value in gradient.values())
-    with torch.no_grad():
-        (norm,) = [rows() for rows in blocks.explicit]
-    for name in ("weight", "bias"):
-        torch.testing.assert_close(norm.values[name].sum(0), expected[f"1.{name}"])
-    before = {place: p.clone() for place, p in zip(blocks.places, blocks.parameters, strict=True)}
-    assert before.keys() == {tuple(name.rsplit(".", 1)) for name in expected}
-    blocks.solve()
-    naturals = {
-        (name, inner): value
-        for part in blocks.parts
-        for name, natural in zip(part.names, part.solver.solve_all(part.inverses, part.gradients), strict=True)
-        for inner, value in natural.items()
-    }
-    for place, p in zip(blocks.places, blocks.parameters, strict=True):
-        torch.testing.assert_close(p, before[place] - floors.LR * naturals[place])
-    blocks.solve_own()
-    blocks.refresh()
+    monkeypatch.setattr(floors, "BareStep", refuse)
+    with pytest.raises(RuntimeError, match="tiny, curvlib TENGraD, empirical, bare: ValueError: too small"):
+        floors.floors("tiny", rounds=1, window=0)
