@@ -14,6 +14,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from curvlib.arrays.host import on_host
 from curvlib.arrays.pieces import ALONE
 
 __all__ = [
@@ -22,7 +23,6 @@ __all__ = [
     "cholesky_inverse",
     "cholesky_solve",
     "eigh",
-    "on_host",
     "qr",
     "side_by_side",
     "small_factors",
@@ -92,18 +92,6 @@ def _is_small(matrix: Tensor) -> bool:
     Torch's wakes all threads to clear what is above the diagonal, which takes longer than the factorisation.
     """
     return 0 < matrix.shape[-1] <= _WOKEN_FOR and on_host(matrix)
-
-
-def on_host(*arrays: Tensor) -> bool:
-    """Whether routines of NumPy and SciPy may stand in for torch's here: for plain numbers that nobody follows."""
-    for array in arrays:
-        if type(array) is not Tensor or array.device.type != "cpu" or array.dtype not in _ROUTINES:
-            return False
-        if array.requires_grad:
-            return False
-    # Who watches torch's operations, to count them say, would miss this one; inside torch.func there is no memory.
-    watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
-    return not (watched or is_compiling())
 
 
 def _factorized(matrices: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from curvlib.arrays.buffers import SIDE_BY_SIDE
+from curvlib.arrays.host import on_host
 from curvlib.arrays.pieces import in_pieces, rows_in_pieces
 from curvlib.arrays.torch_decompositions import (
     FAILURES,
@@ -17,7 +18,6 @@ from curvlib.arrays.torch_decompositions import (
     cholesky_inverse,
     cholesky_solve,
     eigh,
-    on_host,
     qr,
     side_by_side,
     small_factors,
