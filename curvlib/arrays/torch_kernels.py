@@ -93,7 +93,8 @@ def scaled_rows(matrix: Tensor, weights: Tensor) -> Tensor:
     if step >= n or matrix.requires_grad or weights.requires_grad:
         return matrix * column
     result = torch.empty_like(matrix)
-    for piece in (slice(start, start + step) for start in range(0, n, step)):
+    for start in range(0, n, step):
+        piece = slice(start, start + step)
         torch.mul(matrix[piece], column[piece], out=result[piece])
     return result
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from weakref import ref
@@ -17,22 +16,24 @@ __all__ = ["Hook", "Hooks", "Silence", "owners"]
 
 
 class Silence:
-    """Whether cotangents travel through a model's graph for a curvature's sake, so that nobody's tensor hooks count.
+    """Kept while cotangents travel through a model's graph for a curvature's sake: then nobody's tensor hooks count.
 
-    All that watch one model share it.
+    ``with silence:``, as often and as deep as needed. All that watch one model share it.
+
+    Attributes
+    ----------
+    on
+        How many keep it.
     """
 
     def __init__(self) -> None:
-        self.on = False
+        self.on = 0
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keep it for a while."""
-        before, self.on = self.on, True
-        try:
-            yield
-        finally:
-            self.on = before
+    def __enter__(self) -> None:
+        self.on += 1
+
+    def __exit__(self, *exception: object) -> None:
+        self.on -= 1
 
 
 class Hook:

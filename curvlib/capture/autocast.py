@@ -18,4 +18,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     device
         Where the computation happens.
     """
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()

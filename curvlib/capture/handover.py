@@ -76,9 +76,14 @@ def gradient_rows(
     parts = [dict(own) for own in handed]
     for block in blocks:
         name, use = block.name, block.uses[0]
-        seen = [place for place, one in enumerate(passes) if name in one.factors or name in handed[place]]
-        shared = [place for place in seen if use in passes[place].withheld and name not in handed[place]]
-        if shared and shared == seen:
+        seen, shared = 0, []
+        for place, one in enumerate(passes):
+            apart = name in handed[place]
+            if apart or name in one.factors:
+                seen += 1
+                if not apart and use in one.withheld:
+                    shared.append(place)
+        if shared and len(shared) == seen:
             result[name] = GradientRows(factors[name], observations / scale)
             continue
         for place in shared:

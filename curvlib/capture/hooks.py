@@ -216,7 +216,7 @@ class Capture:
             for one in armed:
                 one.factors = self._factors(one, one.records, scale)
         factors = joined([one.factors for one in passes], self.blocks, observations)
-        handed = [self._factors(one, one.handed) for one in passes]
+        handed = [self._factors(one, one.handed) if one.handed else {} for one in passes]
         gradients = gradient_rows(passes, handed, factors, self.blocks, observations, scale)
         for one in passes:
             one.factors = {}  # the graph of a loss that is kept holds its pass
@@ -335,7 +335,7 @@ class Capture:
         """Do what can be done before the loss exists: all, unless rows are the loss's own."""
         current.observations = self.fisher.observations(outputs)
         current.settle(int(outputs.shape[0]))
-        with self._silence.kept():
+        with self._silence:
             if self._unchecked and current.armed and current.samples > self._checked:
                 verify(self.blocks, current, outputs)
                 # A single sample does not show where samples are; the first batch of more is checked too.
@@ -373,5 +373,5 @@ class Capture:
         self._batched = pull_back(edges, outputs, columns, self._batched)
 
     def _factors(self, one: Pass, records: Mapping[Use, list[Record]], scale: float = 1.0) -> dict[str, Factors]:
-        with self._silence.kept():  # the fallback calls modules again, which is no pass
+        with self._silence:  # the fallback calls modules again, which is no pass
             return self.rows.of_pass(one, records, self.blocks, scale)

@@ -128,8 +128,10 @@ def recorded(
     samples
         Of the pass, by the root module's input.
     """
-    adapter, results = use.adapter, tensors(output)
-    needed = sum(tensor.requires_grad for tensor in results)
+    adapter, results = use.adapter, [output] if isinstance(output, Tensor) else tensors(output)
+    needed = 0
+    for tensor in results:
+        needed += tensor.requires_grad
     if not needed:
         return None, output
     # Attached to the graph, whose hooks hold the record, it would keep both alive for ever.

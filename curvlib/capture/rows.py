@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,17 +34,12 @@ def block_factors(block: Block, current: Pass, records: Mapping[Use, list[Record
     CaptureError
         If exact rows cannot be formed, or an adapter returned something else.
     """
-    parts = [
-        call_rows(block, use, call, current)
-        for use in block.uses
-        for call in (current.records if records is None else records).get(use, ())
-        if any(cotangent is not None for cotangent in call.cotangents)
-    ]
-    if not parts:
-        return None
-    total = parts[0]
-    for part in parts[1:]:
-        total = total.add(part)
+    total = None
+    for use in block.uses:
+        for call in (current.records if records is None else records).get(use, ()):
+            if call.cotangents.count(None) < len(call.cotangents):
+                part = call_rows(block, use, call, current)
+                total = part if total is None else total.add(part)
     return total
 
 
@@ -61,18 +56,21 @@ def call_rows(block: Block, use: Use, call: Record, current: Pass) -> Factors:
     def failed(what: str) -> CaptureError:
         return CaptureError(f"block {block.name!r} ({type(use.module).__name__}, adapter {use.adapter.name}){what}")
 
-    if any(tensor._version != version for tensor, version in call.inputs):
-        raise failed(
-            ": its input was changed in place after the call, so its rows cannot be formed; "
-            "make the operation that changes it out of place"
-        )
+    for tensor, version in call.inputs:
+        if tensor._version != version:
+            raise failed(
+                ": its input was changed in place after the call, so its rows cannot be formed; "
+                "make the operation that changes it out of place"
+            )
     if use.adapter.couples(use.module) != call.coupled:
         raise failed(
             ": it went between training and eval mode after the forward pass, so its rows cannot be formed; "
             "change the mode after the step"
         )
-    cotangents = tuple(None if cotangent is None else wide(cotangent) for cotangent in call.cotangents)
-    arrived = next(cotangent for cotangent in cotangents if cotangent is not None)
+    cotangents = tuple([None if cotangent is None else wide(cotangent) for cotangent in call.cotangents])
+    arrived = cotangents[0]
+    if arrived is None:
+        arrived = next(cotangent for cotangent in cotangents if cotangent is not None)
     columns = int(arrived.shape[0])
     adapter = use.adapter
     # What was looked up lies as the call's tensors do; an adapter's input has its samples first.
@@ -111,7 +109,7 @@ def call_rows(block: Block, use: Use, call: Record, current: Pass) -> Factors:
                 f": the call had {len(call.inputs)} input tensors and {len(cotangents)} output tensors, and the "
                 "adapter takes one of each; register it with whole_call=True to see them all"
             )
-        x, g = wide(call.inputs[0][0]), cast(Tensor, cotangents[0])
+        x, g = wide(call.inputs[0][0]), arrived
         if call.axis is None:
             raise failed(
                 f": its input has shape {tuple(x.shape)} and its output {tuple(g.shape[1:])}, the model's "
@@ -127,9 +125,7 @@ def call_rows(block: Block, use: Use, call: Record, current: Pass) -> Factors:
             factors = run(x, g.transpose(0, 1), samples * columns)
         else:
             factors = stack_columns([run(x, one, samples) for one in g])
-    if any(inner != outer for inner, outer in use.names.items()):
-        factors = factors.renamed(use.names)
-    return factors
+    return factors.renamed(use.names) if use.renames else factors
 
 
 def joined(parts: list[dict[str, Factors]], blocks: tuple[Block, ...], observations: int) -> dict[str, Factors]:
@@ -161,6 +157,6 @@ def _wrong_rows(factors: Any, use: Use, rows: int, like: Tensor) -> str | None:
 def _shapes(use: Use) -> dict[str, tuple[int, ...]]:
     """Shape of each parameter that the rows of a use are of."""
     own = use.module._parameters
-    if all(name in own for name in use.names):
+    if own.keys() >= use.names.keys():
         return {name: tuple(p.shape) for name in use.names if (p := own[name]) is not None}
     return {name: tuple(p.shape) for name, p in use.module.named_parameters() if name in use.names}

@@ -68,7 +68,10 @@ class Factors(ABC):
     @property
     def size(self) -> int:
         """Number of parameters (columns of J)."""
-        return sum(prod(shape) for shape in self.shapes.values())
+        total = 0
+        for shape in self.shapes.values():
+            total += prod(shape)
+        return total
 
     @property
     def normalizer(self) -> int:

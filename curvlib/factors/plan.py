@@ -90,8 +90,13 @@ class Plan:
 
     def of(self, block: str) -> BlockPlan:
         """Return the plan of one block."""
-        matching = (route for pattern, route in self.routes.items() if fnmatchcase(block, pattern))
-        return BlockPlan(self, next(matching, Route()))
+        for pattern, route in self.routes.items():
+            if fnmatchcase(block, pattern):
+                return BlockPlan(self, route)
+        return BlockPlan(self, _FREE)
+
+
+_FREE = Route()
 
 
 @dataclass(frozen=True, eq=False)

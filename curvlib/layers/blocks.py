@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +41,11 @@ class Use:
     module: nn.Module
     adapter: Adapter
     names: dict[str, str]
+
+    @cached_property
+    def renames(self) -> bool:
+        """Whether a parameter has another name in the block than in the module."""
+        return any(inner != outer for inner, outer in self.names.items())
 
 
 @dataclass(frozen=True, eq=False)

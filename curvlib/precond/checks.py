@@ -24,8 +24,9 @@ def check_unscaled(optimizer: torch.optim.Optimizer) -> None:
     ConfigurationError
         Saying what cannot be combined.
     """
-    announced = [vars(optimizer).pop(name, None) for name in ("grad_scale", "found_inf")]
-    if any(one is not None for one in announced):
+    held = vars(optimizer)
+    scale, found = held.pop("grad_scale", None), held.pop("found_inf", None)
+    if scale is not None or found is not None:
         raise ConfigurationError(
             "a GradScaler scales gradients, and fused=True takes them as rows, which it cannot unscale: leave out "
             "fused=True"

@@ -23,6 +23,9 @@ _STATE = ("curvature", "solvers", "steps", "_asked", "_due", "_wanting", "_moved
 """Attributes that a step sets."""
 
 
+_NOTHING = InPlace({})
+
+
 class Deferring(Grouped):
     """An optimizer that may leave the checks of a step on the device until the next one begins."""
 
@@ -68,7 +71,7 @@ class Deferring(Grouped):
     def _before(self, later: Later | None) -> tuple[InPlace, dict[str, Any]]:
         """State to go back to when a step whose checks are put off turns out to have failed."""
         if later is None:
-            return InPlace({}), {}
+            return _NOTHING, {}
         own = [] if self._adamw is None else [p for group in self._adamw.param_groups for p in group["params"]]
         host = {name: getattr(self, name) for name in _STATE}
         return InPlace(self.state, [p for p in own if p.grad is not None]), host

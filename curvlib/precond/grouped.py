@@ -242,7 +242,7 @@ class Grouped(torch.optim.Optimizer):
     def _read_solvers(self) -> None:
         """Take note of solvers that groups ask for by now; they begin with the next rows."""
         asked = self._said("solver")
-        if any(solver is not None for solver in asked.values()) or self._wanted != self._asked:
+        if [solver for solver in asked.values() if solver is not None] or self._wanted != self._asked:
             self._wanted = self._division.solvers(self._blocks, asked, strict=False)
             changed = {name for name, solver in self._wanted.items() if solver != self._asked[name]}
             self._wanting = self._wanting | changed

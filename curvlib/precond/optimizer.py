@@ -144,7 +144,8 @@ class NaturalGradient(Deferring):
                 elsewhere = checks.good is not None and checks.good.device != self._device
                 checks.raise_if_failed() if waiting is None or elsewhere else waiting.take(checks)
             check_gradients(self.param_groups, loss, rows, self.steps, waiting)
-            if later is not None or factors or self._due or any(transform.on_gradient for transform in self.transforms):
+            early = [transform for transform in self.transforms if transform.on_gradient]
+            if later is not None or factors or self._due or early:
                 self._check_finite(waiting)  # before what is costly; otherwise with the directions
             self._untouched.check()
         finally:
@@ -157,7 +158,7 @@ class NaturalGradient(Deferring):
         factors, rows = turned(remembering(factors, rows), rows, upwards, self.fisher)
         context, own = self._context(groups, rows)
         in_place, host = self._before(later)
-        if any(transform.on_gradient for transform in self.transforms):
+        if early:
             changed = transformed(self.transforms, self.state, context.gradients, context, before=True)
             context = replace(context, given=changed)
             own = dict(zip(context.parameters, changed, strict=True))
@@ -232,8 +233,8 @@ class NaturalGradient(Deferring):
             given=explicit,
             rates=[float(groups[p]["lr"]) for p in active],
             step=self.steps,
-            blocks=tuple(self._block_of.get(p, "") for p in active),
-            groups=tuple(groups[p] for p in active),
+            blocks=tuple([self._block_of.get(p, "") for p in active]),
+            groups=tuple([groups[p] for p in active]),
         )
         return context, own
 
@@ -241,7 +242,12 @@ class NaturalGradient(Deferring):
         self, used: Mapping[str, Factors]
     ) -> tuple[dict[str, Solver], dict[str, Solver], dict[str, BlockState]]:
         """Solvers, what they are called by, and states, where blocks with new rows begin with another solver."""
-        new = {name: self._wanted[name] for name in used if self._wanted[name] != self._asked[name]}
+        # Solvers that are equal are the same as a rule, and comparing them compares all their options.
+        new = {
+            name: solver
+            for name in used
+            if (solver := self._wanted[name]) is not self._asked[name] and solver != self._asked[name]
+        }
         if not new:
             return self.solvers, self._asked, self.curvature
         made = self._division.at_work(new, [block for block in self._blocks if block.name in new])
@@ -278,7 +284,8 @@ class NaturalGradient(Deferring):
                     if estimate is not state.estimate:
                         curvature[block.name] = replace(state, estimate=estimate)
                 given = block.parameters if gradient.rows is not None else gradient.own
-                natural.update((block.parameters[name], direction[name]) for name in given)
+                for name in given:
+                    natural[block.parameters[name]] = direction[name]
         # Gradients outside every block too: those of frozen parameters, and what the inner AdamW is about to use.
         everything: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
         others = [p.grad for p in everything if p.grad is not None and p not in natural]
@@ -287,10 +294,10 @@ class NaturalGradient(Deferring):
         if self._fused:
             alike = self.fisher.needs_backward  # the loss's rows are the curvature's
             # Where every step takes curvature there is nothing to tell apart.
-            every, some = (
+            every, some = [
                 gaining(self._blocks, renewal.solvers, factors, together and alike, together) if asked else []
                 for together, asked in ((self._always, True), (self._at_once, not self._always))
-            )
+            ]
             self._capture.hand_over(every, with_curvature=some)
         return curvature, natural
 

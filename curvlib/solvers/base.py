@@ -145,7 +145,12 @@ class Solver(Checked, ABC):
 
     def _inherits(self, owner: type, *names: str) -> bool:
         """Whether these methods are those of a class, so that another of its methods may stand for them."""
-        return all(getattr(type(self), name) is getattr(owner, name) for name in names)
+        kind = type(self)
+        if kind is not owner:
+            for name in names:
+                if getattr(kind, name) is not getattr(owner, name):
+                    return False
+        return True
 
     @property
     def keeps_rows(self) -> bool:
