@@ -26,7 +26,7 @@ TEXT = """# Performance
 <!-- Written by docs/generate_performance.py from benchmarks/results; edit that, not this. -->
 
 Every number below is generated from a committed JSON file. `make figures` measures them all again and rewrites the
-tables (under 25 minutes on an idle machine), `make bench-peers` those of other libraries alone.
+tables (about half an hour on an idle machine), `make bench-peers` those of other libraries alone.
 
 ## How it is measured
 
@@ -94,9 +94,10 @@ corrections of tensors of 2^15 to 2^18 elements are made piece by piece, so that
 (`curvlib.arrays.in_pieces`): 27 instead of 76 µs for 65 536 elements. Momentum and a correction read and write memory
 once. Where the natural gradient ends with a product of two matrices, as that of a Linear layer's rows does, and K-FAC's
 and EKFAC's of any layer, momentum is the product's addend (`curvlib.arrays.Product`), so that it takes no pass at all.
-Products of up to 2^27 multiply-adds go to the library with rows of their own for each thread
-(`curvlib.arrays.product`): left to share one out, it has its threads wait for each other, for 0.03 to 0.07 ms. Kernels
-of up to 128 rows are factorised by SciPy's LAPACK, one by one: three of 128 rows take 0.16 instead of 0.41 ms.
+Products of 2^13 to 2^18 multiply-adds, for which torch wakes threads, are made by NumPy, which wakes none
+(`curvlib.arrays.product`): that is 1 % of a step on W1 and W4. Those of up to 2^27 go to the library with rows of their
+own for each thread: left to share one out, it has its threads wait for each other, for 0.03 to 0.07 ms. Kernels of up
+to 128 rows are factorised by SciPy's LAPACK, one by one: three of 128 rows take 0.16 instead of 0.41 ms.
 
 **Widths.** A bias makes 785 columns of 784, and then no row but the first begins at a line of the cache. Large products
 that are multiplied again are put where every row does (`curvlib.arrays.aligned_product`): 1000 × 1000 times 1000 × 785
