@@ -127,7 +127,8 @@ passes with weight gradients only where a solver wants them, rows as soon as the
 factorisations, solves, momentum and the update. It checks nothing and knows one kind of network; a test holds it to the
 very numbers of a whole step. What it takes longer than a step of SGD is the method's price on this machine, and no
 library around these kernels can be cheaper; what a whole step takes longer than that is curvlib's. Both against SGD, in
-the same process, in turns with each other: bare … whole step.
+the same process, in turns with each other: bare … whole step. They are one computation, so where a bare step comes out
+slower, the difference is what this machine's figures are worth.
 
 {floors}
 {floors_where}
