@@ -39,23 +39,26 @@ class BareStep:
     def __init__(self, model, x, y, fisher, solver, period=1):
         self.model, self.x, self.y, self.fisher, self.period = model, x, y, fisher, period
         self.steps, self.plan = 0, Plan()
-        self.modules = {
-            name: module for name, module in model.named_modules() if list(module.parameters(recurse=False))
-        }
+        named = {name: dict(module.named_parameters(recurse=False)) for name, module in model.named_modules()}
+        self.blocks = {name: parameters for name, parameters in named.items() if parameters}
+        self.modules = {name: model.get_submodule(name) for name in self.blocks}
+        self.adapters = {name: adapter_for(type(module)) for name, module in self.modules.items()}
         exact = left_out(model, solver)
         own = [name for name in self.modules if name not in exact]
         self.parts = [_Part(one, names) for one, names in ((Woodbury(), exact), (solver, own)) if names]
         self.solvers = {name: part.solver for part in self.parts for name in part.names}
         # Blocks that give their gradients as rows, in steps that renew the curvature and in others.
         self.handed = {True: frozenset(), False: frozenset()}
-        self.hooks = [
-            module.register_forward_hook(partial(self._called, name)) for name, module in self.modules.items()
-        ]
-        self.parameters = [p.detach() for module in self.modules.values() for p in module.parameters(recurse=False)]
+        for name, module in self.modules.items():
+            module.register_forward_hook(partial(self._called, name))
+        self.parameters = [p.detach() for parameters in self.blocks.values() for p in parameters.values()]
         self.momenta = [torch.zeros_like(p) for p in self.parameters]
 
     def __call__(self):
-        self.due, self.now = self.steps % self.period == 0, self.handed[self.steps % self.period == 0]
+        self.due = self.steps % self.period == 0
+        self.now = self.handed[self.due]
+        # Whether the curvature's rows are those of the loss.
+        self.own = self.due and self.fisher.needs_backward
         # Input and what an adapter keeps of each call; where its output is in the graph; rows.
         self.calls, self.edges, self.rows, self.of_loss = {}, {}, {}, {}
         loss = self._passes()
@@ -67,12 +70,12 @@ class BareStep:
         return loss
 
     def _passes(self):
-        for name, module in self.modules.items():
-            for p in module.parameters(recurse=False):
+        for name, parameters in self.blocks.items():
+            for p in parameters.values():
                 p.requires_grad_(name not in self.now)
                 p.grad = None
         outputs = self.model(self.x)
-        if self.due and not self.fisher.needs_backward:
+        if self.due and not self.own:
             columns = self.fisher.cotangents(outputs.detach(), None)
             (column,) = columns  # one, so that there is a row for each sample
             found = list(torch.autograd.grad(outputs, list(self.edges.values()), column, retain_graph=True))
@@ -83,36 +86,34 @@ class BareStep:
         return loss.detach()
 
     def _called(self, name, module, args, output):
-        for p in module.parameters(recurse=False):
+        for p in self.blocks[name].values():
             p.requires_grad_(True)  # for adapters, which leave out what is frozen
-        mine = self.due and self.fisher.needs_backward
         if not self.due and name not in self.now:
             return
         if not output.requires_grad:
             output.requires_grad_()
-        adapter = adapter_for(type(module))
+        adapter = self.adapters[name]
         self.calls[name] = args[0].detach(), () if adapter.saved is None else (adapter.saved(module, output),)
-        if self.due and not mine:
+        if self.due and not self.own:
             self.edges[name] = get_gradient_edge(output)
-        if mine or name in self.now:
+        if self.own or name in self.now:
             output.register_hook(partial(self._arrived, name))
 
     def _arrived(self, name, cotangent):
         """Rows of a layer whose cotangent of the mean loss is there; of the single losses, they are n times those."""
         self.of_loss[name] = self._made(name, cotangent.detach()).scaled(float(len(self.y)))
-        if self.due and self.fisher.needs_backward:
+        if self.own:
             self.rows[name] = self.of_loss[name]
 
     @torch.no_grad()
     def _made(self, name, cotangent):
-        module, (x, saved) = self.modules[name], self.calls[name]
-        adapter = adapter_for(type(module))
+        adapter, (x, saved) = self.adapters[name], self.calls[name]
         g = cotangent[:, None] if adapter.columns else cotangent
-        rows = adapter.function(module, x, g, *saved).planned(self.plan.of(name))
+        rows = adapter.function(self.modules[name], x, g, *saved).planned(self.plan.of(name))
         if not self.solvers[name].keeps_rows:
             return rows
         compact = rows.compact()
-        if compact is not rows:
+        if compact is not rows and (self.own or name not in self.now):  # else rows of the loss are to follow
             del self.calls[name]
         return compact
 
@@ -124,7 +125,7 @@ class BareStep:
         for part in self.parts:
             part.renew([remembered[name] for name in part.names])
         self.plan.buffers.trim()
-        if self.steps < 2 * self.period:
+        if self.steps == 0:
             mine, always = self.fisher.needs_backward, self.period == 1
             self.handed = {
                 due: frozenset(
@@ -140,11 +141,7 @@ class BareStep:
         for part in self.parts:
             gradients = [self._gradient(name) for name in part.names]
             naturals |= zip(part.names, part.solver.solve_lazily(part.inverses, gradients), strict=True)
-        directions = [
-            naturals[name][inner]
-            for name, module in self.modules.items()
-            for inner, _ in module.named_parameters(recurse=False)
-        ]
+        directions = [naturals[name][inner] for name, parameters in self.blocks.items() for inner in parameters]
         context = Context(self.parameters, self.parameters, [LR] * len(self.parameters), self.steps)
         moves = curvlib.Momentum(MOMENTUM).apply(directions, context, {"momentum": self.momenta})
         torch._foreach_add_(*in_pieces(self.parameters, moves), alpha=-LR)
@@ -152,7 +149,7 @@ class BareStep:
     def _gradient(self, name):
         if name in self.now:
             return self.of_loss[name]
-        return {inner: p.grad for inner, p in self.modules[name].named_parameters(recurse=False)}
+        return {inner: p.grad for inner, p in self.blocks[name].items()}
 
 
 class _Part:

@@ -54,7 +54,7 @@ __all__ = [
 _SPLIT_UP_TO, _PART = 128, 2048
 """Rows up to which, and columns by which, a long product is cut on a CPU."""
 
-_WOKEN_FOR = range(2**13, 2**18 + 1)
+_FOR_ONE_THREAD = range(2**13, 2**18 + 1)
 """Multiply-adds of a product that torch wakes its threads for, and NumPy's BLAS (OpenBLAS) does without any."""
 
 _SHARED, _INNER = range(2**18, 2**27), 8
@@ -122,7 +122,7 @@ def product(first: Tensor, second: Tensor) -> Tensor:
         return product(first[0], second[0])[None]
     if first.ndim != 2 or second.ndim != 2:
         return first @ second
-    if len(first) * second.numel() in _WOKEN_FOR and on_host(first, second):
+    if on_host(first, second) and len(first) * second.numel() in _FOR_ONE_THREAD:
         return _alone(first, second)
     parts = _shares(first, second)
     return first @ second if parts is None else torch.bmm(*parts).flatten(0, 1)

@@ -128,7 +128,7 @@ def recorded(
     samples
         Of the pass, by the root module's input.
     """
-    adapter, results = use.adapter, [output] if isinstance(output, Tensor) else tensors(output)
+    adapter, results = use.adapter, tensors(output)
     needed = 0
     for tensor in results:
         needed += tensor.requires_grad

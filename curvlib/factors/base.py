@@ -68,10 +68,7 @@ class Factors(ABC):
     @property
     def size(self) -> int:
         """Number of parameters (columns of J)."""
-        total = 0
-        for shape in self.shapes.values():
-            total += prod(shape)
-        return total
+        return sum(map(prod, self.shapes.values()))
 
     @property
     def normalizer(self) -> int:

@@ -27,6 +27,8 @@ def _is_packed(node: Any) -> bool:
 
 def tensors(tree: Any) -> list[Tensor]:
     """All tensors in a nested structure, in order; of a packed sequence its data."""
+    if isinstance(tree, Tensor):
+        return [tree]
     found: list[Tensor] = []
     _gather(tree, found)
     return found

@@ -242,12 +242,8 @@ class NaturalGradient(Deferring):
         self, used: Mapping[str, Factors]
     ) -> tuple[dict[str, Solver], dict[str, Solver], dict[str, BlockState]]:
         """Solvers, what they are called by, and states, where blocks with new rows begin with another solver."""
-        # Solvers that are equal are the same as a rule, and comparing them compares all their options.
-        new = {
-            name: solver
-            for name in used
-            if (solver := self._wanted[name]) is not self._asked[name] and solver != self._asked[name]
-        }
+        same = self._wanted == self._asked  # as dictionaries, which look at the values of the same solver no further
+        new = {} if same else {name: self._wanted[name] for name in used if self._wanted[name] != self._asked[name]}
         if not new:
             return self.solvers, self._asked, self.curvature
         made = self._division.at_work(new, [block for block in self._blocks if block.name in new])

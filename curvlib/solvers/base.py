@@ -146,11 +146,7 @@ class Solver(Checked, ABC):
     def _inherits(self, owner: type, *names: str) -> bool:
         """Whether these methods are those of a class, so that another of its methods may stand for them."""
         kind = type(self)
-        if kind is not owner:
-            for name in names:
-                if getattr(kind, name) is not getattr(owner, name):
-                    return False
-        return True
+        return kind is owner or all(getattr(kind, name) is getattr(owner, name) for name in names)
 
     @property
     def keeps_rows(self) -> bool:
