@@ -11,7 +11,7 @@ from weakref import ref
 import numpy as np
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from curvlib.arrays.namespace import Array
 
@@ -69,7 +69,7 @@ class Buffers:
         """
         size = prod(shape) * like.element_size()
         # Tensors of other types may have no memory, such as those that stand for others while shapes are found out.
-        if type(like) is not Tensor or like.device.type != "cpu" or is_compiling():
+        if type(like) is not Tensor or like.device.type != "cpu" or is_dynamo_compiling():
             return like.new_empty(tuple(shape))
         if size in SIDE_BY_SIDE:
             return self._side_by_side(like, tuple(shape), size)
@@ -80,7 +80,7 @@ class Buffers:
     def product(self, first: Array, second: Array) -> Array:
         """Return ``first @ second`` for arrays of any library, shapes ``(k, n, m)`` and ``(k, m, d)``."""
         shape = (*first.shape[:2], second.shape[2])
-        plain = not isinstance(first, Tensor) or first.requires_grad or second.requires_grad or is_compiling()
+        plain = not isinstance(first, Tensor) or first.requires_grad or second.requires_grad or is_dynamo_compiling()
         if plain or prod(shape) * first.element_size() < min(_LARGE, SIDE_BY_SIDE.start):
             return first @ second
         return torch.bmm(first, second, out=self.empty(first, shape))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 __all__ = ["on_host"]
 
@@ -13,7 +13,7 @@ _DTYPES = (torch.float32, torch.float64)
 
 def on_host(*arrays: Tensor) -> bool:
     """Whether routines of NumPy and SciPy may stand in for torch's: for plain numbers that nobody follows."""
-    if is_compiling():
+    if is_dynamo_compiling():
         return False
     for array in arrays:
         if type(array) is not Tensor or array.device.type != "cpu" or array.dtype not in _DTYPES or array.requires_grad:

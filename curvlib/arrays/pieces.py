@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 __all__ = ["ALONE", "in_pieces", "rows_in_pieces"]
 
@@ -30,13 +30,13 @@ def in_pieces(*several: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
     tuple
         A list for each. A tensor is cut if its shape is of middle size, and if it and all in its place are contiguous.
     """
-    if len({len(tensors) for tensors in several}) > 1:
+    if len(set(map(len, several))) > 1:
         counts = ", ".join(str(len(tensors)) for tensors in several)
         raise ValueError(f"lists of {counts} tensors have no common places, they need equal lengths")
-    cut = tuple(list(tensors) for tensors in several)
+    cut = tuple(map(list, several))
     # From the end, so that places before stay as they are. Most lists have few or none of middle size.
-    for place in reversed([place for place, one in enumerate(several[0]) if _is_middle(one)]):
-        if all(tensors[place].is_contiguous() for tensors in several):
+    for place in range(len(several[0]) - 1, -1, -1):
+        if _is_middle(several[0][place]) and all(tensors[place].is_contiguous() for tensors in several):
             for pieces in cut:
                 pieces[place : place + 1] = torch.split(pieces[place].view(-1), ALONE)
     return cut
@@ -49,6 +49,6 @@ def rows_in_pieces(matrix: Tensor) -> int:
 
 
 def _is_middle(tensor: Tensor) -> bool:
-    if not ALONE < tensor.numel() < _WORTH_WAKING or not tensor.is_cpu or is_compiling():
+    if not ALONE < tensor.numel() < _WORTH_WAKING or not tensor.is_cpu or is_dynamo_compiling():
         return False
     return not torch._C._are_functorch_transforms_active()  # inside them nothing is changed in place

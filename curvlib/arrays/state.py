@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import array_api_compat
 
 from curvlib.arrays.namespace import Array
-from curvlib.arrays.torch_kernels import is_compiling
+from curvlib.arrays.torch_kernels import is_dynamo_compiling
 from curvlib.errors import CurvatureError
 from curvlib.hyperparameters import check_fields
 
@@ -42,7 +42,7 @@ def altered(instance: T, **fields: Any) -> T:
     **fields
         By name.
     """
-    if is_compiling():  # which knows nothing of this short cut, and needs none
+    if is_dynamo_compiling():  # which knows nothing of this short cut, and needs none
         return dataclasses.replace(instance, **fields)  # type: ignore[type-var]  # a dataclass
     made = object.__new__(type(instance))
     vars(made).update(vars(instance), **fields)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from scipy.linalg import lapack
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from curvlib.arrays.host import on_host
 from curvlib.arrays.pieces import ALONE
@@ -166,7 +166,7 @@ def side_by_side(
     threads = torch.get_num_threads()
     chosen = [place for place, width in enumerate(widths) if width <= _ALONE_UP_TO]
     work = effort * sum(widths[place] ** 3 for place in chosen)
-    if like.device.type != "cpu" or threads == 1 or work < _WORTH_THREADS or is_compiling():
+    if like.device.type != "cpu" or threads == 1 or work < _WORTH_THREADS or is_dynamo_compiling():
         return [function(*one) for one in arguments]
     chosen.sort(key=lambda place: -widths[place])
     grad = torch.is_grad_enabled()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from curvlib.arrays.buffers import SIDE_BY_SIDE
 from curvlib.arrays.host import on_host
@@ -38,7 +38,7 @@ __all__ = [
     "eigh",
     "hadamard_gram",
     "index_add",
-    "is_compiling",
+    "is_dynamo_compiling",
     "matrix_vector",
     "positions",
     "product",
@@ -89,7 +89,7 @@ def add_multiples(arrays: Sequence[Tensor], others: Sequence[Tensor], multiple: 
 
 def scaled_rows(matrix: Tensor, weights: Tensor) -> Tensor:
     """Each row of A times its weight."""
-    n, step, column = len(matrix), rows_in_pieces(matrix), weights[:, None]
+    n, step, column = matrix.shape[0], rows_in_pieces(matrix), weights[:, None]
     if step >= n or matrix.requires_grad or weights.requires_grad:
         return matrix * column
     result = torch.empty_like(matrix)
@@ -106,7 +106,7 @@ def sum_of_squares(array: Tensor) -> Tensor:
 
 def _may_write(*tensors: Tensor) -> bool:
     """Whether nothing that follows operations on these tensors minds results in memory that is given."""
-    if is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return not any(tensor.requires_grad for tensor in tensors)
 
@@ -122,7 +122,9 @@ def product(first: Tensor, second: Tensor) -> Tensor:
         return product(first[0], second[0])[None]
     if first.ndim != 2 or second.ndim != 2:
         return first @ second
-    if on_host(first, second) and len(first) * second.numel() in _FOR_ONE_THREAD:
+    if is_dynamo_compiling():
+        return first @ second
+    if first.shape[0] * second.numel() in _FOR_ONE_THREAD and on_host(first, second):
         return _alone(first, second)
     parts = _shares(first, second)
     return first @ second if parts is None else torch.bmm(*parts).flatten(0, 1)
@@ -163,7 +165,7 @@ def _shares(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor] | None:
 
     It has its threads wait for each other, which takes longer than a small product.
     """
-    if first.device.type != "cpu" or is_compiling():
+    if first.device.type != "cpu" or is_dynamo_compiling():
         return None
     (m, k), n = first.shape, second.shape[1]
     threads = torch.get_num_threads()
@@ -188,7 +190,7 @@ def self_product(matrix: Tensor) -> Tensor:
         # As a product, since a sum of so few would wake another thread for its half.
         total: Tensor = (products.new_ones(len(parts)) @ products).view(n, n)
         return total if whole == d else total + matrix[:, whole:] @ matrix[:, whole:].T
-    if is_compiling() or matrix.requires_grad:
+    if is_dynamo_compiling() or matrix.requires_grad:
         return matrix @ matrix.T
     if _halved(n, d):
         return _symmetric(matrix, lambda width, below: _products(matrix, width, below))
@@ -204,7 +206,7 @@ def _part(d: int) -> int:
 def hadamard_gram(first: Tensor, second: Tensor, ones: bool) -> Tensor:
     """(A Aᵀ) ∘ (B Bᵀ), or (A Aᵀ + 1) ∘ (B Bᵀ); on a CPU block by block, while they are in the cache."""
     n, d = first.shape
-    plain = first.device.type != "cpu" or is_compiling() or first.requires_grad or second.requires_grad
+    plain = first.device.type != "cpu" or is_dynamo_compiling() or first.requires_grad or second.requires_grad
     if plain or not _halved(n, d + second.shape[1]):
         return _hadamard(self_product(first), self_product(second), ones)
 
@@ -256,7 +258,7 @@ def adjoining(matrices: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
     """
     first = matrices[0]
     wide, size = first.shape[1] * first.element_size(), first.numel()
-    apart = is_compiling() or first.device.type != "cpu" or any(type(one) is not Tensor for one in matrices)
+    apart = is_dynamo_compiling() or first.device.type != "cpu" or any(type(one) is not Tensor for one in matrices)
     # Routines take other ways through rows that do not begin at a line of the cache.
     if apart or wide % _LINE or size * first.element_size() not in SIDE_BY_SIDE or not _shared_evenly(len(matrices)):
         return []
@@ -295,7 +297,7 @@ def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
     """A v; torch's product of a matrix and a vector keeps one thread busy, one of a batch of them all."""
     m, d = matrix.shape
     large = matrix.numel() * matrix.element_size() >= _STREAMED_FROM
-    if not large or matrix.device.type != "cpu" or is_compiling() or (threads := _rows_each(m)) == 1:
+    if not large or matrix.device.type != "cpu" or is_dynamo_compiling() or (threads := _rows_each(m)) == 1:
         return matrix @ vector
     # As rows times matrices: the other way round, torch's batched product walks the matrix with long strides.
     rows = matrix.view(threads, -1, d)
@@ -341,7 +343,7 @@ def _products(matrix: Tensor, width: int, below: bool) -> Tensor:
 
 def address(array: Tensor) -> Any:
     """What two views of the same memory in the same layout have in common; None where that cannot be known."""
-    if is_compiling() or array.is_meta:
+    if is_dynamo_compiling() or array.is_meta:
         return None
     try:
         return array.data_ptr(), tuple(array.shape), array.stride(), array.dtype, array.device

@@ -10,7 +10,7 @@ from weakref import ref
 
 import torch
 from torch import nn
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 __all__ = ["Hook", "Hooks", "Silence", "owners"]
 
@@ -63,7 +63,7 @@ class Hook:
         function = self._function()
         if function is not None:
             return function(module, *arguments)
-        if not is_compiling():
+        if not is_dynamo_compiling():
             self._leave(module)
         return None
 
@@ -93,7 +93,7 @@ def _uncompiled() -> type[Hook]:
 
     def call(hook: Hook, module: nn.Module, *arguments: Any) -> Any:
         # What sets a function apart from what is compiled takes longer than most hooks, also where nothing is.
-        if is_compiling():
+        if is_dynamo_compiling():
             return apart(hook, module, *arguments)
         function = hook._function()
         return Hook.__call__(hook, module, *arguments) if function is None else function(module, *arguments)

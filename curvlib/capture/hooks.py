@@ -149,10 +149,9 @@ class Capture:
         """Whether something was captured and not yet taken."""
         return bool(self._used)
 
-    @property
-    def hands_over(self) -> bool:
-        """Whether there are blocks whose gradients are taken as rows."""
-        return bool(self._withholding.names)
+    def handed_over(self, always: bool = False) -> Collection[str]:
+        """Names of the blocks whose gradients are taken as rows, or of those of them of which every pass's is."""
+        return self._withholding.always if always else self._withholding.names
 
     def hand_over(self, names: Collection[str], with_curvature: Collection[str] = ()) -> None:
         """Take the gradients of these blocks as rows from now on; their parameters' `.grad` stays None.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from curvlib.layers import Block, Call, Use
 from curvlib.layers.tree import mapped, wide
 
 __all__ = ["block_factors", "call_rows", "joined"]
+
+_NO_GRAPH = nullcontext()
 
 
 def block_factors(block: Block, current: Pass, records: Mapping[Use, list[Record]] | None = None) -> Factors | None:
@@ -79,7 +82,7 @@ def call_rows(block: Block, use: Use, call: Record, current: Pass) -> Factors:
 
     def run(x: Any, g: Any, rows: int) -> Factors:
         # An adapter that reads parameters would otherwise keep a graph alive in the rows.
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else _NO_GRAPH:
             try:
                 factors = adapter.function(use.module, x, g, *saved)
             except (CurvatureError, torch.OutOfMemoryError):

@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from curvlib.factors import Dense
 
@@ -68,7 +68,7 @@ def batch_rows(
     n, channels = x.shape[:2]
     positions = math.prod(x.shape[2:])
     differentiated = x.requires_grad or g.requires_grad  # the kernels below cannot be
-    plain = differentiated or x.device.type != "cpu" or is_compiling()
+    plain = differentiated or x.device.type != "cpu" or is_dynamo_compiling()
     if plain or positions < _FEWEST_POSITIONS or not x.is_contiguous():
         normalized = torch.nn.functional.batch_norm(x, None, None, training=True, eps=eps)
         return channel_rows(normalized, g, weight, bias)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from curvlib.layers.autocorrelation import Kernel, windows
 
@@ -114,7 +114,7 @@ def unfolded_gradients(
         return g.reshape(len(g) * groups, d_out, -1)
 
     differentiated = any(one.requires_grad for one in (images, *columns))  # a product into given memory cannot be
-    if step >= n or images.device.type != "cpu" or is_compiling() or differentiated:
+    if step >= n or images.device.type != "cpu" or is_dynamo_compiling() or differentiated:
         whole = patches(images)
         return [torch.bmm(by_group(g), whole).reshape(n, *shape) for g in columns]
     result = [empty(g, (n * groups, d_out, shape[1] * kernel.taps)) for g in columns]

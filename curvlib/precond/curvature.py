@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from curvlib.factors import Factors
 from curvlib.layers import Block
 from curvlib.precond.damping import Damping
 from curvlib.precond.deferral import Later
-from curvlib.precond.failure import REFRESH_FAILURES, Failures, PlainGradient, as_failure, naming
+from curvlib.precond.failure import REFRESH_FAILURES, Failures, PlainGradient, as_failure, raise_naming
 from curvlib.precond.gradients import BlockGradient
 from curvlib.precond.ladder import factorize_with_retries
 from curvlib.precond.refresh import Refresh
@@ -24,6 +24,9 @@ from curvlib.precond.transforms import Direction
 from curvlib.solvers import Solver
 
 __all__ = ["BlockState", "Renewal", "natural_gradient", "natural_gradients", "residual"]
+
+_AT_ONCE = nullcontext()
+"""Around what is checked where it is computed."""
 
 
 @record
@@ -174,9 +177,11 @@ class Renewal:
             together.setdefault(id(self.solvers[name]), []).append(name)
         made: dict[str, Any] = {}
         for names in together.values():
-            with suppress(*REFRESH_FAILURES):  # then each by itself shows which it was
-                own = [states[name].estimate for name in names], [rows[name] for name in names]
+            own = [states[name].estimate for name in names], [rows[name] for name in names]
+            try:
                 made.update(zip(names, self.solvers[names[0]].update_all(*own), strict=True))
+            except REFRESH_FAILURES:
+                continue  # then each by itself shows which it was
         return made
 
     def _updated(self, block: Block, state: BlockState, rows: Factors, estimate: Any, step: int) -> BlockState:
@@ -197,7 +202,7 @@ class Renewal:
         for group in together.values():
             solver = self.solvers[group[0].block.name]
             try:
-                with nullcontext() if self.later is None else deferred() as checks:
+                with _AT_ONCE if self.later is None else deferred() as checks:
                     inverses = solver.factorize_all(
                         [one.state.estimate for one in group], [one.damping for one in group]
                     )
@@ -252,8 +257,7 @@ class Renewal:
         """Return the state of a block whose renewal failed, from the one before."""
         failure = as_failure(error)
         if failure is None:
-            with naming(block.name):
-                raise error
+            raise_naming(error, block.name)
         if state.estimate is not None and not _finite(state.estimate):
             # Poisoned between two factorisations: the next rows begin anew.
             state = replace(state, estimate=None)
@@ -335,9 +339,12 @@ def natural_gradients(
     for names in together.values():
         given = [gradients[name] for name in names]
         asked = [_wide(one.vector) if one.own or one.rows is None else one.rows.factors for one in given]
-        with naming(*names), nullcontext() if later is None else deferred() as checks:
-            solver, inverses = solvers[names[0]], [states[name].inverse for name in names]
-            naturals = solver.solve_lazily(inverses, asked)
+        solver, inverses = solvers[names[0]], [states[name].inverse for name in names]
+        try:
+            with _AT_ONCE if later is None else deferred() as checks:
+                naturals = solver.solve_lazily(inverses, asked)
+        except REFRESH_FAILURES as error:
+            raise_naming(error, *names)
         if later is not None and checks is not None:
             later.directions.take(checks, f"block {' or '.join(map(repr, names))}: ")
         for name, one, natural in zip(names, given, naturals, strict=True):

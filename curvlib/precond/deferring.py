@@ -80,7 +80,6 @@ class Deferring(Grouped):
         super()._before_pass()
         self._capture.deferring = self._may_defer()
 
-    @torch.no_grad()
     def _look(self, stepping: bool = False) -> None:
         """Look at the last step, if its checks were put off; what failed is made good, or the step undone.
 
@@ -95,8 +94,11 @@ class Deferring(Grouped):
             What the step would have raised; not under ``on_failure="skip"`` what that skips.
         """
         unseen, self._unseen = self._unseen, None
-        if unseen is None or unseen.verdict.holds():
-            return
+        if unseen is not None and not unseen.verdict.holds():
+            self._make_good(unseen, stepping)
+
+    @torch.no_grad()
+    def _make_good(self, unseen: Unseen, stepping: bool) -> None:
         after = {name: getattr(self, name) for name in _STATE}
         unseen.in_place.restore()
         vars(self).update(unseen.host)

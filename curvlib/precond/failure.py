@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 
@@ -21,7 +19,7 @@ from curvlib.errors import (
     RefreshError,
 )
 
-__all__ = ["REFRESH_FAILURES", "Failures", "OnFailure", "PlainGradient", "as_failure", "naming"]
+__all__ = ["REFRESH_FAILURES", "Failures", "OnFailure", "PlainGradient", "as_failure", "raise_naming"]
 
 OnFailure = Literal["keep", "gradient", "skip", "raise"]
 """What a block does whose curvature cannot be renewed, not even after retries."""
@@ -62,22 +60,16 @@ def as_failure(error: BaseException) -> NotPositiveDefiniteError | None:
     return None
 
 
-@contextmanager
-def naming(*blocks: str) -> Iterator[None]:
-    """Say in which block, or one of which, it was, in the errors that a solver raises inside."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except REFRESH_FAILURES as error:
-        where = f"block {' or '.join(map(repr, blocks))}"
-        if isinstance(error, ConfigurationError | NotPositiveDefiniteError):
-            raise type(error)(f"{where}: {error}") from error
-        if isinstance(error, CurvatureError):
-            raise
-        raise CurvatureError(
-            f"{where}: its solver failed ({type(error).__name__}: {error}); parameters and state are unchanged"
-        ) from error
+def raise_naming(error: Exception, *blocks: str) -> NoReturn:
+    """Raise what a solver raised, saying in which block, or one of which, it was."""
+    where = f"block {' or '.join(map(repr, blocks))}"
+    if isinstance(error, ConfigurationError | NotPositiveDefiniteError):
+        raise type(error)(f"{where}: {error}") from error
+    if isinstance(error, CurvatureError | torch.OutOfMemoryError):
+        raise error
+    raise CurvatureError(
+        f"{where}: its solver failed ({type(error).__name__}: {error}); parameters and state are unchanged"
+    ) from error
 
 
 def _first_line(error: BaseException) -> str:

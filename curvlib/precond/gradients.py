@@ -113,12 +113,22 @@ def turned(
 
 
 def block_gradients(
-    blocks: Sequence[Block], own: Mapping[Tensor, Tensor], rows: Mapping[str, GradientRows]
+    blocks: Sequence[Block], own: Mapping[int, Tensor], rows: Mapping[str, GradientRows]
 ) -> dict[str, BlockGradient]:
-    """Gradients of the blocks that have one."""
+    """Gradients of the blocks that have one.
+
+    Parameters
+    ----------
+    blocks
+        All blocks.
+    own
+        Autograd's gradients, by the parameters' ids.
+    rows
+        Gradients as rows, by block.
+    """
     result = {}
     for block in blocks:
-        given = {name: own[p] for name, p in block.parameters.items() if p in own}
+        given = {name: own[id(p)] for name, p in block.parameters.items() if id(p) in own} if own else {}
         if given or block.name in rows:
             result[block.name] = BlockGradient(block.parameters, given, rows.get(block.name))
     return result
@@ -150,20 +160,16 @@ def gaining(
 
     Parameters
     ----------
-    blocks, solvers
-        All blocks and their solvers.
-    factors
-        Rows as they come.
+    blocks
+        Which to look at.
+    solvers, factors
+        Their solvers, and their rows as they come.
     same
         Whether the gradient's rows are those of the inverse.
     together
         Whether they are of the same passes.
     """
-    return [
-        block.name
-        for block in blocks
-        if block.name in factors and solvers[block.name].gains_from_rows(factors[block.name], same, together)
-    ]
+    return [block.name for block in blocks if solvers[block.name].gains_from_rows(factors[block.name], same, together)]
 
 
 def check_fused(transforms: Sequence[Transform]) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 from weakref import finalize, ref
 
 import torch
-from torch import Tensor
 
 from curvlib.capture import Capture, Output
 from curvlib.capture.learned import recall
@@ -20,6 +19,7 @@ from curvlib.precond.damping import Constant, Damping, as_damping
 from curvlib.precond.division import Division, unchanged
 from curvlib.precond.gradients import always, inverted_at_once
 from curvlib.precond.groups import Group, assigned, check_options, defaults, of_block, places, resolved
+from curvlib.precond.observed import profiled, unobserved
 from curvlib.precond.refresh import Refresh
 from curvlib.precond.saved import DAMAGED, Saved, read, with_own, written
 from curvlib.precond.transforms import Transform
@@ -28,6 +28,8 @@ from curvlib.solvers import Solver
 
 __all__ = ["Grouped"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Self = TypeVar("Self", bound="Grouped")
 
 
@@ -115,9 +117,19 @@ class Grouped(torch.optim.Optimizer):
         self._ready = True
         self._link()
 
+    @staticmethod
+    def profile_hook_step(func: Callable[P, R]) -> Callable[P, R]:
+        """Wrap `step`, which torch does once for a class, so that profilers and hooks see it."""
+        return unobserved(func)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and with them the passes that made them."""
-        super().zero_grad(set_to_none)
+        if profiled() or not set_to_none:
+            super().zero_grad(set_to_none)
+        else:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = None
         self._capture.clear()
         self._untouched.clear()
 
@@ -227,8 +239,9 @@ class Grouped(torch.optim.Optimizer):
         self._asked = {name: self._asked[name] if name in kept else wanted[name] for name in wanted}
         self._wanted = wanted
         self._blocks, self._places = blocks, where
-        self._block_of: dict[Tensor, str] = {p: block.name for block in blocks for p in block.parameters.values()}
-        self._plain = set(parts.rest.values()) if self.rest == "sgd" else set()
+        # By the ids of parameters, which groups keep: a tensor is slow to hash.
+        self._block_of = {id(p): block.name for block in blocks for p in block.parameters.values()}
+        self._plain = set(map(id, parts.rest.values())) if self.rest == "sgd" else set()
         self._mine, self._trainable = mine, [p.requires_grad for p in mine]
         self._capture.watch(blocks)
         # A look at fresh rows that may not be used should not cost their compact form.
@@ -261,7 +274,7 @@ class Grouped(torch.optim.Optimizer):
         self._notice_frozen()
         self._read_solvers()
         # Whoever cleared the gradients, as model.zero_grad() does, threw away the passes that made them.
-        if self._capture.waiting and not self._capture.hands_over and all(p.grad is None for p in self._mine):
+        if self._capture.waiting and not self._capture.handed_over() and all(p.grad is None for p in self._mine):
             self._capture.clear()
 
     def _adapts(self) -> bool:

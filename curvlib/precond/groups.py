@@ -26,7 +26,6 @@ __all__ = [
     "one_sign",
     "places",
     "resolved",
-    "spoken_for",
 ]
 
 Group = Mapping[str, Any]
@@ -193,11 +192,6 @@ def _several(option: str, value: Any) -> list[Any]:
             f"got {value!r}"
         )
     return list(value)
-
-
-def spoken_for(groups: Iterable[Group]) -> dict[Tensor, Group]:
-    """Parameter to its group."""
-    return {p: group for group in groups for p in group["params"]}
 
 
 def places(blocks: Iterable[Block], groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:

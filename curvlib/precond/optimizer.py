@@ -24,7 +24,7 @@ from curvlib.precond.deferring import Deferring
 from curvlib.precond.division import Division
 from curvlib.precond.failure import Failures, OnFailure
 from curvlib.precond.gradients import block_gradients, gaining, remembering, scaled_rows, turned
-from curvlib.precond.groups import ByGroup, Group, check_options, one_sign, spoken_for
+from curvlib.precond.groups import ByGroup, Group, check_options, one_sign
 from curvlib.precond.health import Health, Moved
 from curvlib.precond.second_pass import (
     evaluate_again,
@@ -133,7 +133,6 @@ class NaturalGradient(Deferring):
                 loss = closure()
         self._look(stepping=True)
         self._notice_frozen()
-        groups = spoken_for(self._own_groups())
         try:
             with without_autocast(self._generator.device):
                 taken = self._capture.taken()
@@ -156,12 +155,12 @@ class NaturalGradient(Deferring):
         self._read_solvers()
         upwards = [name for name, up in self._said("maximize").items() if up]
         factors, rows = turned(remembering(factors, rows), rows, upwards, self.fisher)
-        context, own = self._context(groups, rows)
+        context, own = self._context(rows)
         in_place, host = self._before(later)
         if early:
             changed = transformed(self.transforms, self.state, context.gradients, context, before=True)
             context = replace(context, given=changed)
-            own = dict(zip(context.parameters, changed, strict=True))
+            own = dict(zip(map(id, context.parameters), changed, strict=True))
         used = factors if self._due else {name: rows for name, rows in factors.items() if name in self._wanting}
         solvers, asked, curvature = self._switched(used)
         with without_autocast(self._generator.device):
@@ -169,7 +168,7 @@ class NaturalGradient(Deferring):
             renewal = Renewal(solvers, damping, self.refresh, self.failures, later)
             curvature, natural = self._natural(renewal, curvature, own, rows, factors, used)
             # Outside every block the direction is the gradient itself.
-            directions = [natural[p] if p in natural else own[p] for p in context.parameters]
+            directions = [natural[id(p)] if id(p) in natural else own[id(p)] for p in context.parameters]
             moves = transformed(self.transforms, self.state, directions, context, before=False)
         adapts = self._adapts() and bool(factors)
         predicted = predicted_change(self._blocks, context, moves, factors) if adapts else None
@@ -210,33 +209,33 @@ class NaturalGradient(Deferring):
     def _check_finite(self, later: Deferred | None = None) -> None:
         check_finite_gradients(self.param_groups, self.model, self.steps, later)
 
-    def _context(
-        self, groups: Mapping[Tensor, Group], rows: Mapping[str, GradientRows]
-    ) -> tuple[Context, dict[Tensor, Tensor]]:
-        """What transforms may look at, and the gradients that autograd made, by parameter."""
-        handed = {p for block in self._blocks if block.name in rows for p in block.parameters.values()}
-        active = [
-            p for p in groups if p in handed or (p.grad is not None and (p in self._block_of or p in self._plain))
-        ]
-        own = {p: -p.grad if groups[p]["maximize"] else p.grad for p in active if p.grad is not None}
+    def _context(self, rows: Mapping[str, GradientRows]) -> tuple[Context, dict[int, Tensor]]:
+        """What transforms may look at, and the gradients that autograd made, by the parameters' ids."""
+        active: list[Tensor] = []
+        blocks: list[str] = []
+        groups: list[Group] = []
+        own: dict[int, Tensor] = {}
+        for group in self._own_groups():
+            for p in group["params"]:
+                block, gradient = self._block_of.get(id(p)), p.grad
+                ours = block is not None or id(p) in self._plain
+                if (ours and gradient is not None) or block in rows:
+                    active.append(p)
+                    blocks.append(block or "")
+                    groups.append(group)
+                    if gradient is not None:
+                        own[id(p)] = -gradient if group["maximize"] else gradient
 
         def explicit() -> list[Tensor]:
             whole = dict(own)
             for block in self._blocks:
                 if block.name in rows:
                     vector = block_gradients([block], own, rows)[block.name].vector
-                    whole.update((p, vector[name]) for name, p in block.parameters.items())
-            return [whole[p] for p in active]
+                    whole.update((id(p), vector[name]) for name, p in block.parameters.items())
+            return [whole[id(p)] for p in active]
 
-        context = Context(
-            active,
-            given=explicit,
-            rates=[float(groups[p]["lr"]) for p in active],
-            step=self.steps,
-            blocks=tuple([self._block_of.get(p, "") for p in active]),
-            groups=tuple([groups[p] for p in active]),
-        )
-        return context, own
+        rates = [float(group["lr"]) for group in groups]
+        return Context(active, explicit, rates, self.steps, tuple(blocks), tuple(groups)), own
 
     def _switched(
         self, used: Mapping[str, Factors]
@@ -254,15 +253,15 @@ class NaturalGradient(Deferring):
         self,
         renewal: Renewal,
         states: Mapping[str, BlockState],
-        own: Mapping[Tensor, Tensor],
+        own: Mapping[int, Tensor],
         rows: Mapping[str, GradientRows],
         factors: dict[str, Factors],
         used: Mapping[str, Factors],
-    ) -> tuple[dict[str, BlockState], dict[Tensor, Direction]]:
-        """New states of all blocks, and the natural gradient of every parameter in a block that has a gradient."""
+    ) -> tuple[dict[str, BlockState], dict[int, Direction]]:
+        """New states of all blocks, and the natural gradient of every parameter in a block that has one, by its id."""
         gradients = block_gradients(self._blocks, own, rows)
         curvature = renewal.renewed(self._blocks, states, used, gradients, self.steps)
-        natural: dict[Tensor, Direction] = {}
+        natural: dict[int, Direction] = {}
         later = renewal.later
         # Rows that are not finite have no Cholesky factor, so what an exact solver made of them needs no second look.
         sound = self._always and self.fisher.needs_backward
@@ -281,21 +280,28 @@ class NaturalGradient(Deferring):
                         curvature[block.name] = replace(state, estimate=estimate)
                 given = block.parameters if gradient.rows is not None else gradient.own
                 for name in given:
-                    natural[block.parameters[name]] = direction[name]
+                    natural[id(block.parameters[name])] = direction[name]
         # Gradients outside every block too: those of frozen parameters, and what the inner AdamW is about to use.
         everything: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
-        others = [p.grad for p in everything if p.grad is not None and p not in natural]
+        others = [p.grad for p in everything if p.grad is not None and id(p) not in natural]
         waiting = None if later is None else later.directions
         check_directions(looked, others, self.steps, cause=self._check_finite, later=waiting)
         if self._fused:
-            alike = self.fisher.needs_backward  # the loss's rows are the curvature's
-            # Where every step takes curvature there is nothing to tell apart.
-            every, some = [
-                gaining(self._blocks, renewal.solvers, factors, together and alike, together) if asked else []
-                for together, asked in ((self._always, True), (self._at_once, not self._always))
-            ]
-            self._capture.hand_over(every, with_curvature=some)
+            self._hand_over(renewal.solvers, factors)
         return curvature, natural
+
+    def _hand_over(self, solvers: Mapping[str, Solver], factors: Mapping[str, Factors]) -> None:
+        """Take the gradients of blocks as rows from now on whose solver gains from it."""
+        alike = self.fisher.needs_backward  # the loss's rows are the curvature's
+        always, sometimes = self._capture.handed_over(always=True), self._capture.handed_over()
+        rest = [block for block in self._blocks if block.name in factors and block.name not in always]
+        every = gaining(rest, solvers, factors, self._always and alike, self._always)
+        some: list[str] = []
+        if not self._always:  # else there is nothing to tell apart
+            rest = [block for block in rest if block.name not in sometimes]
+            some = gaining(rest, solvers, factors, self._at_once and alike, self._at_once)
+        if every or some:
+            self._capture.hand_over(every, with_curvature=some)
 
     def _arguments(self) -> dict[str, Any]:
         return {**super()._arguments(), "on_failure": self.failures.policy}

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from curvlib.arrays import Product, as_array, in_pieces
 from curvlib.errors import ConfigurationError
@@ -358,14 +358,22 @@ def _decayed_sum(totals: list[Tensor], addends: Sequence[Direction], decays: lis
             rest.append((total, as_array(addend), decay))
     totals, decays = [total for total, _, _ in rest], [decay for _, _, decay in rest]
     others = [other for _, other, _ in rest]
-    several = len(set(decays)) > 1 or is_compiling() or not all(total.is_cpu for total in totals)
-    if several or any(tensor.requires_grad for tensor in (*totals, *others)):
+    if len(set(decays)) > 1 or is_dynamo_compiling() or not _plain(totals, others):
         torch._foreach_mul_(totals, decays)
         torch._foreach_add_(totals, others)
         return
     # In a row, as totals lie that were loaded: elsewhere the product is rounded before it is added.
     for total, other in zip(*in_pieces(totals, [one.contiguous() for one in others]), strict=True):
         torch.add(other, total, alpha=decays[0], out=total)
+
+
+def _plain(*several: list[Tensor]) -> bool:
+    """Whether tensors are on a CPU, and nobody follows what becomes of them."""
+    for tensors in several:
+        for tensor in tensors:
+            if not tensor.is_cpu or tensor.requires_grad:
+                return False
+    return True
 
 
 def _foreach_sum(left: list[Tensor], right: list[Tensor], factors: list[float]) -> list[Tensor]:

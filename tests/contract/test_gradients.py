@@ -4,6 +4,7 @@ import pytest
 import torch
 from parts import X, Y, assert_same, backward, composed, moved, network, train, values
 from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import curvlib
 from curvlib import Empirical, Exact, Momentum, Sampled, WeightDecay, Woodbury
@@ -169,6 +170,45 @@ def test_hooks_around_a_step_see_it_and_may_change_its_arguments():
     handle.remove()
     train(model, optimizer)
     assert seen[2:] == [("after", 2)]
+
+
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_a_hook_of_all_optimizers_sees_every_step(kind):
+    model = network()
+    optimizer = composed(model)
+    seen = []
+    register = {"pre": register_optimizer_step_pre_hook, "post": register_optimizer_step_post_hook}[kind]
+    train(model, optimizer)
+    handle = register(lambda one, args, kwargs: seen.append((one, one.steps)))
+    try:
+        train(model, optimizer)
+    finally:
+        handle.remove()
+    train(model, optimizer)
+    assert seen == [(optimizer, 1 if kind == "pre" else 2)]
+
+
+def test_a_profiler_finds_steps_and_cleared_gradients_by_their_names():
+    model = network()
+    optimizer = composed(model)
+    train(model, optimizer)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        train(model, optimizer)
+    names = {event.name for event in profiler.events()}
+    assert {f"Optimizer.{method}#NaturalGradient.{method}" for method in ("step", "zero_grad")} <= names
+
+
+def test_cleared_gradients_are_gone_or_zero_as_torch_has_it():
+    model, twin = network(), network()
+    optimizer = composed(model)
+    for set_to_none in (True, False):
+        backward(model)
+        backward(twin)
+        optimizer.zero_grad(set_to_none)
+        torch.optim.SGD(twin.parameters()).zero_grad(set_to_none)
+        for p, other in zip(model.parameters(), twin.parameters(), strict=True):
+            assert (p.grad is None) == (other.grad is None) == set_to_none
+            assert set_to_none or torch.equal(p.grad, other.grad)
 
 
 def test_state_hooks_see_the_whole_state():
