@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -279,7 +280,7 @@ class Capture:
             followed = curvature and (self._unchecked or not both)  # whether cotangents will be sent there
             for index, place in enumerate(call.places):
                 if place is not None and (handed or both):
-                    keep = self._keeper(current, block, use, of_loss, index)
+                    keep = partial(self._keep, current, block, use, of_loss, index)
                     place.tensor.register_hook(keep)  # type: ignore[no-untyped-call]  # untyped in torch
                 call.edges.append(None if place is None else place.release(followed))
             if curvature:
@@ -325,7 +326,7 @@ class Capture:
             self._used.append(current)
         else:
             # Whatever the model returns may be what the loss is made of; `output` may have made a new tensor.
-            mark = self._marker(current)
+            mark = partial(self._mark, current)
             for tensor in tensors(output):
                 if tensor.requires_grad:
                     tensor.register_hook(mark)  # type: ignore[no-untyped-call]  # untyped in torch
@@ -345,20 +346,16 @@ class Capture:
             current.factors = self._factors(current, current.records)
             current.records.clear()
 
-    def _keeper(self, current: Pass, block: Block, use: Use, call: Record, index: int) -> Callable[[Tensor], None]:
-        def keep(gradient: Tensor) -> None:
-            if not self._silence.on:
-                call.arrived_too(index, gradient.detach())
-                self.rows.at_once(block, use, call, current)
+    def _keep(self, current: Pass, block: Block, use: Use, call: Record, index: int, gradient: Tensor) -> None:
+        """Hook of an output tensor: keep what arrives there."""
+        if not self._silence.on:
+            call.arrived_too(index, gradient.detach())
+            self.rows.at_once(block, use, call, current)
 
-        return keep
-
-    def _marker(self, current: Pass) -> Callable[[Tensor], None]:
-        def mark(gradient: Tensor) -> None:
-            if not self._silence.on and not any(one is current for one in self._used):
-                self._used.append(current)
-
-        return mark
+    def _mark(self, current: Pass, gradient: Tensor) -> None:
+        """Hook of what the model returned: a backward goes through this pass."""
+        if not self._silence.on and not any(one is current for one in self._used):
+            self._used.append(current)
 
     # -- cotangents and rows ------------------------------------------------------------------------------------------
 

@@ -89,12 +89,12 @@ class RowMaker:
         call, current
             The call, and the pass that it is of.
         """
+        arrived = call.cotangents[0]
+        if arrived is None or (use, arrived.shape) in self._factored:
+            return
         if block.name not in self.compacting or len(block.uses) > 1 or not current.samples or _graph_is_kept():
             return
         if not use.adapter.closed_form or len(call.places) != 1 or current.calls(use) != 1:
-            return
-        arrived = call.cotangents[0]
-        if arrived is None or (use, arrived.shape) in self._factored:
             return
         with without_autocast(arrived.device):
             try:

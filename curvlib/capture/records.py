@@ -108,10 +108,10 @@ class Record:
                 "backward goes through one forward pass a second time: the first time has to keep the graph, by "
                 "backward(retain_graph=True)"
             )
-        before = self.cotangents[index]
-        self.arrived(index, [gradient])
-        now = self.cotangents[index]
-        self.cotangents[index] = now if before is None or now is None else before + now
+        place, before = self.places[index], self.cotangents[index]
+        if place is not None:
+            now = place.cotangent(gradient).unsqueeze(0)
+            self.cotangents[index] = now if before is None else before + now
 
 
 def recorded(
@@ -141,8 +141,12 @@ def recorded(
         # the other one would hold that too; at a copy it is the cotangent alone.
         output = mapped(lambda tensor: tensor.clone() if tensor.requires_grad else tensor, output)
         results = tensors(output)
-    args, kwargs = mapped(Tensor.detach, args), mapped(Tensor.detach, kwargs) if kwargs else {}
-    inputs = tensors(args) + tensors(kwargs) if kwargs else tensors(args)
+    if len(args) == 1 and type(args[0]) is Tensor and not kwargs:  # as nearly all are
+        inputs = [args[0].detach()]
+        args, kwargs = (inputs[0],), {}
+    else:
+        args, kwargs = mapped(Tensor.detach, args), mapped(Tensor.detach, kwargs)
+        inputs = tensors((args, kwargs))
     if adapter.positionwise and _single(results[0]) and all(map(_single, (*results, *inputs))):
         # One row for all samples (positions, say): broadcast here, so that every sample has its own cotangent.
         one_each = partial(spread, samples=max(samples, 1))
