@@ -44,6 +44,8 @@ def likely_axis(
     x: Sequence[int], y: Sequence[int], samples: int, positionwise: bool, known: int | None = None
 ) -> int | None:
     """Sample axis by what is known of the call and its sizes; None where nothing fits."""
+    if known == 0 and x and y and x[0] == y[0] == samples:
+        return 0  # it is among those that are possible
     axes = possible_axes(x, y, samples, positionwise)
     if known in axes or known == ALONE:
         return known

@@ -40,7 +40,7 @@ def block_factors(block: Block, current: Pass, records: Mapping[Use, list[Record
     total = None
     for use in block.uses:
         for call in (current.records if records is None else records).get(use, ()):
-            if call.cotangents.count(None) < len(call.cotangents):
+            if any(cotangent is not None for cotangent in call.cotangents):
                 part = call_rows(block, use, call, current)
                 total = part if total is None else total.add(part)
     return total
