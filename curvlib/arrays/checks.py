@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 
-from torch.compiler import is_compiling
-
 from curvlib.arrays.namespace import Array, namespace
+from curvlib.arrays.torch_kernels import is_compiling
 from curvlib.errors import CurvatureError, NotPositiveDefiniteError
 
 __all__ = ["Deferred", "deferred", "require", "waiting"]

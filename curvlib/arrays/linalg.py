@@ -27,6 +27,7 @@ __all__ = [
     "product",
     "qr",
     "require_finite",
+    "row_products",
     "scaled_rows",
     "self_product",
     "side_by_side",
@@ -296,6 +297,11 @@ def widen(array: Array) -> Array:
     """Return `array` in float64."""
     xp = namespace(array)
     return xp.astype(array, xp.float64)
+
+
+def row_products(first: Array, second: Array) -> Array:
+    """Σ over the last axis of A ∘ B, two arrays of one shape; A may be overwritten."""
+    return kernels(first).row_products(first, second)
 
 
 def sum_of_squares(array: Array) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from curvlib.arrays.buffers import SIDE_BY_SIDE
 from curvlib.arrays.host import on_host
@@ -38,11 +38,13 @@ __all__ = [
     "eigh",
     "hadamard_gram",
     "index_add",
+    "is_compiling",
     "is_dynamo_compiling",
     "matrix_vector",
     "positions",
     "product",
     "qr",
+    "row_products",
     "scaled_rows",
     "self_product",
     "side_by_side",
@@ -97,6 +99,11 @@ def scaled_rows(matrix: Tensor, weights: Tensor) -> Tensor:
         piece = slice(start, start + step)
         torch.mul(matrix[piece], column[piece], out=result[piece])
     return result
+
+
+def row_products(first: Tensor, second: Tensor) -> Tensor:
+    """Σ over the last axis of A ∘ B, in the memory of A where that is safe."""
+    return (first.mul_(second) if _may_write(first, second) else first * second).sum(-1)
 
 
 def sum_of_squares(array: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from curvlib.arrays import (
     matrix_vector,
     namespace,
     product,
+    row_products,
     same,
     scaled_rows,
     self_product,
@@ -152,7 +153,10 @@ class OuterProduct(Factors):
         if self.weight is None:
             return self.dense().matvec(vector)
         outputs = product(self.inputs, vector[self.weight].T)
-        products = (self.cotangents * outputs[:, None, :]).sum(axis=-1).reshape(-1)
+        if self.cotangents.shape[1] == 1:
+            products = row_products(outputs, self._flat_cotangents())
+        else:
+            products = (self.cotangents * outputs[:, None, :]).sum(axis=-1).reshape(-1)
         return products if self.bias is None else products + matrix_vector(self._flat_cotangents(), vector[self.bias])
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:

@@ -337,3 +337,20 @@ def test_a_product_with_itself_is_the_same_however_it_is_cut(shape):
     expected = torch.einsum("id,jd->ij", rows, rows)
     torch.testing.assert_close(arrays.self_product(rows), expected, rtol=1e-12, atol=1e-9)
     torch.testing.assert_close(arrays.self_product(rows.T.contiguous().T), expected, rtol=1e-12, atol=1e-9)
+
+
+def test_products_of_rows_are_made_in_place_but_where_that_is_not_safe():
+    first, second = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 4)))
+    expected = torch.einsum("ij,ij->i", first, second)
+    # Of the others alone there is one a place, so that their products do not fit into the first.
+    mapped = torch.func.vmap(arrays.row_products, in_dims=(None, 0))(first, torch.stack([second, second]))
+    torch.testing.assert_close(mapped, expected.expand(2, 3))
+    tracked = first.clone().requires_grad_()
+    arrays.row_products(tracked, second).sum().backward()
+    assert torch.equal(tracked.grad, second)
+    plain = first.numpy().copy()
+    np.testing.assert_allclose(arrays.row_products(plain, second.numpy()), expected.numpy())
+    np.testing.assert_array_equal(plain, (first * second).numpy())
+    own = first.clone()
+    torch.testing.assert_close(arrays.row_products(own, second), expected)
+    assert torch.equal(own, first * second)
