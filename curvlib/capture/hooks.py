@@ -219,7 +219,7 @@ class Capture:
         handed = [self._factors(one, one.handed) if one.handed else {} for one in passes]
         gradients = gradient_rows(passes, handed, factors, self.blocks, observations, scale)
         for one in passes:
-            one.factors = {}  # the graph of a loss that is kept holds its pass
+            one.factors, one.copies = {}, {}  # the graph of a loss that is kept holds its pass
         self.rows.plan.buffers.trim()  # what these rows did not take, the next ones will not either
         return Taken(factors, gradients, [one.checks for one in passes if one.checks is not None])
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from curvlib.capture.autocast import without_autocast
+from curvlib.capture.loans import Loan, apart
 from curvlib.capture.records import Pass, Record
 from curvlib.capture.rows import block_factors, call_rows
 from curvlib.errors import CurvatureError
@@ -33,11 +34,21 @@ class RowMaker:
     ----------
     compacting
         Names of the blocks whose rows are wanted in their compact form.
+    held
+        Names of those whose rows the solver's states hold on to.
+    lasting
+        Whether states of this step are used in later ones, when another batch was written over this one perhaps. Then
+        rows that are held get memory of their own.
+    lent
+        Where they do not: what they may lie in, by block.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.compacting: frozenset[str] = frozenset()
+        self.held: frozenset[str] = frozenset()
+        self.lasting = False
+        self.lent: dict[str, Loan] = {}
         self._factored: set[tuple[Use, torch.Size]] = set()  # calls whose compact form is not explicit, by their sizes
 
     def of_pass(
@@ -72,6 +83,10 @@ class RowMaker:
             if block.name in self.compacting:
                 # One block after the other, so that cotangents and explicit rows are not all there at once.
                 rows = rows.compact()
+            # Rows of the loss alone are not kept, but they look at the inputs of those that are.
+            if block.name in self.held and (records is current.records or current.copies):
+                rows = self._held(block, rows, calls, current)
+            if block.name in self.compacting:
                 for call in calls:
                     call.forget()
             made[block.name] = rows
@@ -103,10 +118,21 @@ class RowMaker:
             except CurvatureError:
                 return
         if type(compact) is Dense:
+            held = block.name in self.held and call in current.records.get(use, ())
+            made = self._held(block, compact, [call], current) if held else compact
             call.forget()
-            call.made = compact
+            call.made = made
         else:
             self._factored.add((use, arrived.shape))
+
+    def _held(self, block: Block, rows: Factors, calls: Sequence[Record], current: Pass) -> Factors:
+        """Rows as a solver may hold on to them."""
+        inputs = [tensor for call in calls for tensor, _ in call.inputs]
+        if self.lasting:
+            self.lent.pop(block.name, None)
+            return apart(rows, inputs, current.copies)
+        self.lent[block.name] = Loan(inputs)
+        return rows
 
     def forget(self, blocks: Collection[Block]) -> None:
         """Forget what is known of the calls of other blocks than these."""

@@ -192,6 +192,7 @@ class Pass:
     couplings: list[GradientEdge] = field(default_factory=list)  # inputs of modules that couple samples, until checked
     blocks: tuple[Block, ...] = ()  # what was watched at the time
     checks: Deferred | None = None  # of its outputs, where they were put off
+    copies: dict[Any, Tensor] = field(default_factory=dict)  # of inputs whose rows outlast the step, by where they lie
 
     def keep(self, blocks: tuple[Block, ...]) -> None:
         """Let go what is not of these blocks.

@@ -10,7 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.arrays import Vector, altered, as_array, deferred, dot, evaluated, is_finite, map_arrays, namespace, record
+from curvlib.arrays import (
+    TRANSIENT,
+    Vector,
+    altered,
+    as_array,
+    deferred,
+    dot,
+    evaluated,
+    is_finite,
+    map_arrays,
+    namespace,
+    record,
+)
+from curvlib.capture.loans import Loan
 from curvlib.errors import CaptureError, CurvatureError
 from curvlib.factors import Factors
 from curvlib.layers import Block
@@ -27,6 +40,8 @@ __all__ = ["BlockState", "Renewal", "natural_gradient", "natural_gradients", "re
 
 _AT_ONCE = nullcontext()
 """Around what is checked where it is computed."""
+
+_NOTHING_LENT = Loan()
 
 
 @record
@@ -50,6 +65,8 @@ class BlockState:
         Factorisations that needed more than one attempt.
     mean_eigenvalue
         Trace of the last new curvature over the number of parameters, where the damping asks for it.
+    lent
+        Tensors of others that the states may lie in, where they were not meant to outlast their step.
     """
 
     estimate: Any = None
@@ -60,6 +77,7 @@ class BlockState:
     failures: int = 0
     retries: int = 0
     mean_eigenvalue: float = 0.0
+    lent: Loan = field(default=_NOTHING_LENT, repr=False, metadata=TRANSIENT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +106,8 @@ class Renewal:
         What to do about a block that cannot be renewed.
     later
         Takes the checks of factorisations, where nobody waits for them.
+    lent
+        What the new rows may lie in, by block.
     """
 
     solvers: Mapping[str, Solver]
@@ -95,6 +115,7 @@ class Renewal:
     refresh: Refresh
     failures: Failures = field(default_factory=Failures)
     later: Later | None = None
+    lent: Mapping[str, Loan] = field(default_factory=dict)
 
     def renewed(
         self,
@@ -157,6 +178,12 @@ class Renewal:
                     "parameters are used without calling the module, register an adapter for the module that uses them"
                 )
             elif state.inverse is not None:
+                if block.name in gradients and state.lent.broken((state.estimate, state.inverse)):
+                    raise CaptureError(
+                        f"step {step}: block {block.name!r} has a gradient, but its module was not called in this "
+                        f"step, and what it was called with in step {state.refreshed} was overwritten since: give "
+                        "every batch a tensor of its own, or refresh every few steps only, which copies what is kept"
+                    )
                 wanted = self.damping.at(step, block.name, state.mean_eigenvalue)
                 if wanted != state.damping and state.estimate is not None:
                     waiting.append(_Factorization(block, state, wanted, before=state))
@@ -191,7 +218,8 @@ class Renewal:
         if self.damping.needs_trace:
             trace = sum(float(value.sum()) for value in rows.diagonal().values()) / rows.normalizer
             mean = trace / rows.size
-        return altered(state, estimate=estimate, refreshed=step, mean_eigenvalue=mean)
+        lent = self.lent.get(block.name, _NOTHING_LENT)
+        return altered(state, estimate=estimate, refreshed=step, mean_eigenvalue=mean, lent=lent)
 
     def _factorized_all(self, waiting: Sequence[_Factorization], step: int) -> dict[str, BlockState]:
         """Factorise blocks of one solver together; where that fails, each by itself with all that can be tried."""
@@ -263,6 +291,8 @@ class Renewal:
             state = replace(state, estimate=None)
         # Where the gradient must be that of the rows, those of an earlier step are of no use.
         useless = isinstance(state.inverse, PlainGradient) or self.solvers[block.name].of_fresh_rows
+        # Nor are those of a batch that was written over.
+        useless = useless or state.lent.broken((state.estimate, state.inverse))
         good = None if useless else state.factorized
         if self.failures.give_up(block.name, step, failure, good):
             return replace(state, failures=state.failures + 1)

@@ -21,7 +21,7 @@ from curvlib.precond.gradients import always, inverted_at_once
 from curvlib.precond.groups import Group, assigned, check_options, defaults, of_block, places, resolved
 from curvlib.precond.observed import profiled, unobserved
 from curvlib.precond.refresh import Refresh
-from curvlib.precond.saved import DAMAGED, Saved, read, with_own, written
+from curvlib.precond.saved import DAMAGED, Saved, complete, read, revived, with_own
 from curvlib.precond.transforms import Transform
 from curvlib.precond.untouched import Untouched
 from curvlib.solvers import Solver
@@ -73,7 +73,7 @@ class Grouped(torch.optim.Optimizer):
         others = self._adamw.param_groups if self._adamw is not None else []
         super().__init__([*composed, *others], defaults(lr, damping, transforms, maximize))
         # The first of the hooks, so that those of the user see the whole.
-        self.register_state_dict_post_hook(_whole)
+        self.register_state_dict_post_hook(complete)
         for group in others:
             group["rest"] = "adamw"
             for option in ("damping", "solver", "momentum"):
@@ -163,8 +163,10 @@ class Grouped(torch.optim.Optimizer):
     def refresh(self, refresh: Refresh) -> None:
         self._refresh = refresh
         self._always, self._at_once = always(refresh), inverted_at_once(refresh)
-        if self._ready and not self._always:
-            self._capture.keep_gradients(but_with_curvature=self._at_once)
+        if self._ready:
+            self._tell_forms()
+            if not self._always:
+                self._capture.keep_gradients(but_with_curvature=self._at_once)
 
     # -- groups and blocks --------------------------------------------------------------------------------------------
 
@@ -244,13 +246,26 @@ class Grouped(torch.optim.Optimizer):
         self._plain = set(map(id, parts.rest.values())) if self.rest == "sgd" else set()
         self._mine, self._trainable = mine, [p.requires_grad for p in mine]
         self._capture.watch(blocks)
-        # A look at fresh rows that may not be used should not cost their compact form.
-        looks = self.refresh.tolerance is not None
-        self._capture.rows.compacting = frozenset(name for name in wanted if wanted[name].keeps_rows and not looks)
+        self._tell_forms()
         self._wanting = self._wanting & kept | frozenset(new)
         self._capture.armed = self._capture.armed or bool(self._wanting)
         if self._fused:
             self._untouched.watch(mine)
+
+    def _tell_forms(self) -> None:
+        """Say in which form rows are wanted."""
+        # A look at fresh rows that may not be used should not cost their compact form.
+        looks = self.refresh.tolerance is not None
+        rows, solvers = self._capture.rows, self._wanted.items()
+        rows.compacting = frozenset(name for name, solver in solvers if solver.keeps_rows and not looks)
+        rows.held = frozenset(name for name, solver in solvers if solver.holds_rows)
+        self._tell_whether_lasting()
+
+    def _tell_whether_lasting(self) -> None:
+        """Say whether states of the coming step are used in the one after it."""
+        after = self.steps + 1
+        renewed = self.refresh.due(after) and self.refresh.inverse_due(after) and self.refresh.tolerance is None
+        self._capture.rows.lasting = not renewed
 
     def _read_solvers(self) -> None:
         """Take note of solvers that groups ask for by now; they begin with the next rows."""
@@ -260,6 +275,7 @@ class Grouped(torch.optim.Optimizer):
             changed = {name for name, solver in self._wanted.items() if solver != self._asked[name]}
             self._wanting = self._wanting | changed
             self._capture.armed = self._capture.armed or bool(changed)
+            self._tell_forms()
 
     def _notice_frozen(self) -> None:
         """Divide anew if parameters were frozen or unfrozen."""
@@ -282,6 +298,7 @@ class Grouped(torch.optim.Optimizer):
 
     def _arm(self) -> None:
         self._capture.armed = self._due or self._adapts() or bool(self._wanting)
+        self._tell_whether_lasting()
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -372,26 +389,10 @@ class Grouped(torch.optim.Optimizer):
         }
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _revived, (type(self), self._arguments(), self.state_dict(), self._capture.detached)
+        return revived, (type(self), self._arguments(), self.state_dict(), self._capture.detached)
 
     def _link(self) -> None:
         """Let the inner AdamW see the same groups and state, so that schedulers and checkpoints reach it."""
         if self._adamw is not None:
             self._adamw.param_groups = [group for group in self.param_groups if "rest" in group]
             self._adamw.state = self.state
-
-
-def _whole(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    for group in state["param_groups"]:
-        group.pop("solver", None)  # a checkpoint is data; what solves comes from the code
-    if isinstance(optimizer, Grouped):
-        state["curvature"] = written(optimizer)
-
-
-def _revived(kind: type[Grouped], arguments: dict[str, Any], state: dict[str, Any], detached: bool) -> Grouped:
-    """Return an optimizer as it was when it was copied or pickled, on its own copy of the model."""
-    optimizer = kind(**arguments)
-    optimizer.load_state_dict(state)
-    if detached:
-        optimizer.detach()
-    return optimizer

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from curvlib.solvers import Solver
 if TYPE_CHECKING:
     from curvlib.precond.grouped import Grouped
 
-__all__ = ["DAMAGED", "Saved", "read", "written"]
+__all__ = ["DAMAGED", "Saved", "complete", "read", "revived", "with_own"]
 
 _VERSION = 1
 _ALIGNMENT = 64
@@ -61,7 +61,14 @@ class Saved:
     curvature: dict[str, BlockState]
 
 
-def written(optimizer: Grouped) -> dict[str, Any]:
+def complete(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put the curvature into what torch saves of an optimizer, a `Grouped`; a hook of its `state_dict`."""
+    for group in state["param_groups"]:
+        group.pop("solver", None)  # a checkpoint is data; what solves comes from the code
+    state["curvature"] = _written(cast("Grouped", optimizer))
+
+
+def _written(optimizer: Grouped) -> dict[str, Any]:
     """Return everything that a resumed run needs beyond what torch's optimizers save, as plain containers."""
     return {
         "version": _VERSION,
@@ -243,3 +250,12 @@ def with_own(groups: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any
     if len(groups) != len(own):
         return [dict(group) for group in groups]  # refused by torch, which says why
     return [{**mine, **theirs, "params": theirs["params"]} for theirs, mine in zip(groups, own, strict=True)]
+
+
+def revived(kind: type[Grouped], arguments: dict[str, Any], state: dict[str, Any], detached: bool) -> Grouped:
+    """Return an optimizer as it was when it was copied or pickled, on its own copy of the model."""
+    optimizer = kind(**arguments)
+    optimizer.load_state_dict(state)
+    if detached:
+        optimizer.detach()
+    return optimizer

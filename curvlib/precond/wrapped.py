@@ -42,6 +42,10 @@ class Wrapped(Solver):
     def keeps_rows(self) -> bool:
         return self.solver.keeps_rows
 
+    @property
+    def holds_rows(self) -> bool:
+        return self.solver.holds_rows
+
     def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
         return self.solver.gains_from_rows(factors, same, together)
 

@@ -153,6 +153,14 @@ class Solver(Checked, ABC):
         """Whether `update` begins with `Factors.compact`, so that rows may be brought to that form beforehand."""
         return False
 
+    @property
+    def holds_rows(self) -> bool:
+        """Whether states hold arrays of the rows that `update` was given.
+
+        Such rows get memory of their own where states outlast a step: the next batch may be written over this one.
+        """
+        return self.keeps_rows or self.of_fresh_rows
+
     def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
         """Whether `solve` is cheaper when the gradient comes as fresh rows instead of explicitly.
 

@@ -93,6 +93,10 @@ class Switch(Solver):
     def of_kronecker_rows(self) -> bool:
         return any(solver.of_kronecker_rows for solver in self.solvers)
 
+    @property
+    def holds_rows(self) -> bool:
+        return any(solver.holds_rows for solver in self.solvers)
+
     def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
         return all(solver.gains_from_rows(factors, same, together) for solver in self.solvers)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvlib.arrays import pack, unpack
+from curvlib.capture.loans import memory
 from curvlib.errors import ConfigurationError, CurvatureError
 from curvlib.factors import Dense, Factors, OneHotOuter, OuterProduct, SharedOuter, cat
 from curvlib.solvers import Solver
@@ -199,6 +200,11 @@ def _check_state(solver: Solver, rows: Factors, gradient: Gradient, compare: Com
     again = solver.solve(solver.factorize(estimate, _DAMPING), gradient)
     compare.close_vectors("solve from an estimate that was used since (verbs are pure)", again, expected)
     compare.close_vectors("the gradient after solve (verbs are pure)", gradient, before)
+    if not solver.holds_rows and memory((estimate, inverse)) & memory(rows):
+        raise compare.fail(
+            "a state", "holds arrays of the rows, which are those of a batch that may be overwritten: let holds_rows "
+            "be True, so that rows get memory of their own"
+        )  # fmt: skip
 
 
 def _check_failure(solver: Solver, rows: Factors, gradient: Gradient, compare: Comparison) -> None:

@@ -60,6 +60,11 @@ class Unsaved(Dense):
         return super().solve(inverse["function"](), gradient)
 
 
+@dataclasses.dataclass(frozen=True)
+class HoldsUntold(Woodbury):
+    holds_rows = False
+
+
 class Refuses(Solver):
     def update(self, estimate, factors):
         raise ConfigurationError("not mine")
@@ -76,6 +81,7 @@ class Refuses(Solver):
         (Remembers(), "as Factors, against the same as a vector"),
         (HidesNaN(), r"rows that are NaN \(law 7\) are taken without an error"),
         (Unsaved(), "inverse does not survive pack and unpack"),
+        (HoldsUntold(), "a state holds arrays of the rows.*let holds_rows be True"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Solver) else "",
 )
