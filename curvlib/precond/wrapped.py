@@ -27,7 +27,7 @@ class Wrapped(Solver):
     solver: Solver
 
     def __post_init__(self) -> None:
-        for name in ("of_gradient", "of_fresh_rows", "of_second_pass", "of_preactivations"):
+        for name in ("of_gradient", "of_fresh_rows", "of_second_pass", "of_preactivations", "holds_rows"):
             object.__setattr__(self, name, getattr(self.solver, name))
 
     @property
@@ -41,10 +41,6 @@ class Wrapped(Solver):
     @property
     def keeps_rows(self) -> bool:
         return self.solver.keeps_rows
-
-    @property
-    def holds_rows(self) -> bool:
-        return self.solver.holds_rows
 
     def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
         return self.solver.gains_from_rows(factors, same, together)

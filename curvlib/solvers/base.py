@@ -53,6 +53,12 @@ class Solver(Checked, ABC):
     of_preactivations: ClassVar[bool] = False
     """Whether `follow` reads pre-activations off rows: a trained weight times inputs, no table, no lone bias."""
 
+    holds_rows: ClassVar[bool] = True
+    """Whether states may hold arrays of the rows that `update` was given.
+
+    Such rows get memory of their own where states outlast a step: the next batch may be written over this one.
+    """
+
     @property
     def of_kronecker_rows(self) -> bool:
         """Whether rows must have a Kronecker form (`Factors.kronecker_rows`)."""
@@ -152,14 +158,6 @@ class Solver(Checked, ABC):
     def keeps_rows(self) -> bool:
         """Whether `update` begins with `Factors.compact`, so that rows may be brought to that form beforehand."""
         return False
-
-    @property
-    def holds_rows(self) -> bool:
-        """Whether states hold arrays of the rows that `update` was given.
-
-        Such rows get memory of their own where states outlast a step: the next batch may be written over this one.
-        """
-        return self.keeps_rows or self.of_fresh_rows
 
     def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
         """Whether `solve` is cheaper when the gradient comes as fresh rows instead of explicitly.

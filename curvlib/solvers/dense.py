@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 from curvlib.arrays import Array, Vector, add_diagonal, cholesky, namespace, record
 from curvlib.factors import Factors
@@ -40,6 +40,8 @@ class Dense(Solver):
 
     The equivalent in NumPy is ``numpy.linalg.solve(J.T @ J / n + damping * numpy.eye(P), gradient)``.
     """
+
+    holds_rows: ClassVar[bool] = False
 
     def update(self, estimate: Covariance | None, factors: Factors) -> Covariance:
         return Covariance(factors.covariance() / factors.normalizer, factors.shapes)

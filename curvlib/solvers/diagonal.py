@@ -44,6 +44,7 @@ class Diagonal(Solver):
     """
 
     exact: ClassVar[bool] = False
+    holds_rows: ClassVar[bool] = False
     decay: float = 0.0
     power: float = 1.0
 
@@ -75,6 +76,7 @@ class Identity(Solver):
     """No curvature: the gradient passes through unchanged, whatever the damping."""
 
     exact: ClassVar[bool] = False
+    holds_rows: ClassVar[bool] = False
 
     def update(self, estimate: Any, factors: Factors) -> int:
         return 0

@@ -71,6 +71,7 @@ class EKFAC(KroneckerSolver):
     """
 
     exact: ClassVar[bool] = False
+    holds_rows: ClassVar[bool] = False
     of_kronecker_rows: ClassVar[bool] = True
     sharing: Sharing = "expand"
     decay: float = 0.95

@@ -83,6 +83,7 @@ class KIS(Solver):
     """
 
     exact: ClassVar[bool] = False
+    holds_rows: ClassVar[bool] = False
     ratio: float = 0.1
     sharing: RowSharing = "exact"
     unbiased: bool = False
@@ -152,6 +153,7 @@ class KID(Solver):
     """
 
     exact: ClassVar[bool] = False
+    holds_rows: ClassVar[bool] = False
     ratio: float = 0.1
     sharing: RowSharing = "exact"
 

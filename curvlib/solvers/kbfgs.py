@@ -114,6 +114,7 @@ class KBFGS(Solver):
     """
 
     exact: ClassVar[bool] = False
+    holds_rows: ClassVar[bool] = False
     of_gradient: ClassVar[bool] = True
     of_second_pass: ClassVar[bool] = True
     of_kronecker_rows: ClassVar[bool] = True

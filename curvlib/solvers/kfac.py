@@ -155,6 +155,7 @@ class KFAC(KroneckerSolver):
     """
 
     exact: ClassVar[bool] = False
+    holds_rows: ClassVar[bool] = False
     of_kronecker_rows: ClassVar[bool] = True
     sharing: Sharing = "expand"
     decay: float = 0.95

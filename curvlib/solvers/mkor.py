@@ -53,6 +53,7 @@ class MKOR(Solver):
     """
 
     exact: ClassVar[bool] = False
+    holds_rows: ClassVar[bool] = False
     of_kronecker_rows: ClassVar[bool] = True
     of_gradient: ClassVar[bool] = True
     decay: float = 0.95

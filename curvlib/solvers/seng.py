@@ -135,10 +135,6 @@ class SENG(Solver):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigurationError(f"{name} must be an integer of at least 1, got {value!r}")
 
-    @property
-    def holds_rows(self) -> bool:
-        return True
-
     def update(self, estimate: SENGEstimate | None, factors: Factors) -> SENGEstimate:
         count = 0 if estimate is None else estimate.count
         if factors.size > max(self.columns, self.implicit):

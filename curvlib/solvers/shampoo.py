@@ -63,6 +63,7 @@ class Shampoo(Solver):
     """
 
     exact: ClassVar[bool] = False
+    holds_rows: ClassVar[bool] = False
     of_kronecker_rows: ClassVar[bool] = True
     of_gradient: ClassVar[bool] = True
     decay: float | None = 0.95

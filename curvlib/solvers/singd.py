@@ -79,6 +79,7 @@ class SINGD(Solver):
     """
 
     exact: ClassVar[bool] = False
+    holds_rows: ClassVar[bool] = False
     of_kronecker_rows: ClassVar[bool] = True
     damping: float = 1e-3
     rate: float = 1e-2

@@ -65,6 +65,7 @@ class SKFAC(Solver):
     """
 
     exact: ClassVar[bool] = False
+    holds_rows: ClassVar[bool] = False
     of_kronecker_rows: ClassVar[bool] = True
     sharing: Sharing = "reduce"
     balanced: bool = True

@@ -105,6 +105,7 @@ class SOAP(Solver):
     """
 
     exact: ClassVar[bool] = False
+    holds_rows: ClassVar[bool] = False
     of_kronecker_rows: ClassVar[bool] = True
     of_gradient: ClassVar[bool] = True
     momentum: float = 0.95

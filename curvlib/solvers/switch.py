@@ -90,12 +90,12 @@ class Switch(Solver):
         return any(solver.of_preactivations for solver in self.solvers)
 
     @property
-    def of_kronecker_rows(self) -> bool:
-        return any(solver.of_kronecker_rows for solver in self.solvers)
+    def holds_rows(self) -> bool:  # type: ignore[override]
+        return any(solver.holds_rows for solver in self.solvers)
 
     @property
-    def holds_rows(self) -> bool:
-        return any(solver.holds_rows for solver in self.solvers)
+    def of_kronecker_rows(self) -> bool:
+        return any(solver.of_kronecker_rows for solver in self.solvers)
 
     def gains_from_rows(self, factors: Factors, same: bool, together: bool = False) -> bool:
         return all(solver.gains_from_rows(factors, same, together) for solver in self.solvers)
