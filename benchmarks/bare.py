@@ -15,6 +15,7 @@ from torch.nn import functional
 import curvlib
 from benchmarks.peers.methods import DAMPING, LR, MOMENTUM, left_out
 from curvlib.arrays import in_pieces
+from curvlib.capture.loans import apart
 from curvlib.factors import Plan
 from curvlib.layers import adapter_for
 from curvlib.precond import Context
@@ -59,8 +60,8 @@ class BareStep:
         self.now = self.handed[self.due]
         # Whether the curvature's rows are those of the loss.
         self.own = self.due and self.fisher.needs_backward
-        # Input and what an adapter keeps of each call; where its output is in the graph; rows.
-        self.calls, self.edges, self.rows, self.of_loss = {}, {}, {}, {}
+        # Input and what an adapter keeps of each call; where its output is in the graph; rows; copies of inputs.
+        self.calls, self.edges, self.rows, self.of_loss, self.copies = {}, {}, {}, {}, {}
         loss = self._passes()
         with torch.no_grad():
             if self.due:
@@ -113,6 +114,8 @@ class BareStep:
         if not self.solvers[name].keeps_rows:
             return rows
         compact = rows.compact()
+        if self.due and self.period > 1:
+            compact = apart(compact, [x], self.copies)  # a batch does not last, though that of a benchmark would
         if compact is not rows and (self.own or name not in self.now):  # else rows of the loss are to follow
             del self.calls[name]
         return compact
