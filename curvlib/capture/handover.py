@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from curvlib.arrays import Deferred
 from curvlib.capture.attached import Hooks
+from curvlib.capture.loans import Loan
 from curvlib.capture.records import Pass
 from curvlib.capture.rows import joined
 from curvlib.factors import Factors
@@ -44,11 +45,14 @@ class Taken:
         Gradients of the blocks that hand theirs over.
     checks
         Of the outputs, where they were put off.
+    lent
+        What the rows may lie in that were not made to last, by block.
     """
 
     factors: dict[str, Factors]
     gradients: dict[str, GradientRows]
     checks: list[Deferred] = field(default_factory=list)
+    lent: dict[str, Loan] = field(default_factory=dict)
 
 
 def gradient_rows(

@@ -220,8 +220,9 @@ class Capture:
         gradients = gradient_rows(passes, handed, factors, self.blocks, observations, scale)
         for one in passes:
             one.factors, one.copies = {}, {}  # the graph of a loss that is kept holds its pass
+        lent = {name: loan for one in passes for name, loan in one.lent.items()}
         self.rows.plan.buffers.trim()  # what these rows did not take, the next ones will not either
-        return Taken(factors, gradients, [one.checks for one in passes if one.checks is not None])
+        return Taken(factors, gradients, [one.checks for one in passes if one.checks is not None], lent)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
-from weakref import ref
 
 from torch import Tensor
 
@@ -22,18 +21,17 @@ class Loan:
     Parameters
     ----------
     tensors
-        They are not kept alive: arrays that lie in one do that.
+        Their memory is not kept.
     """
 
     __slots__ = ("_lent",)
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
-        self._lent = [(ref(tensor), tensor._version) for tensor in tensors]
+        self._lent = [(_counter(tensor), tensor._version, _place(tensor)) for tensor in tensors]
 
     def broken(self, state: Any) -> bool:
         """Whether one was changed since that arrays of a state lie in, or may do so."""
-        alive = ((lent(), version) for lent, version in self._lent)
-        changed = {_place(tensor) for tensor, version in alive if tensor is not None and tensor._version != version}
+        changed = {place for counter, version, place in self._lent if counter._version != version}
         return bool(changed and (changed | {_ELSEWHERE}) & memory(state))
 
 
@@ -73,6 +71,13 @@ def memory(state: Any) -> set[int]:
 
     map_arrays(note, state)
     return found
+
+
+def _counter(tensor: Tensor) -> Tensor:
+    """Return a tensor without memory whose `_version` goes on as that of another one, and of all that share its."""
+    counter = tensor.detach()
+    counter.data = tensor.new_empty(0)
+    return counter
 
 
 def _place(array: Any) -> int:

@@ -39,8 +39,6 @@ class RowMaker:
     lasting
         Whether states of this step are used in later ones, when another batch was written over this one perhaps. Then
         rows that are held get memory of their own.
-    lent
-        Where they do not: what they may lie in, by block.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -48,7 +46,6 @@ class RowMaker:
         self.compacting: frozenset[str] = frozenset()
         self.held: frozenset[str] = frozenset()
         self.lasting = False
-        self.lent: dict[str, Loan] = {}
         self._factored: set[tuple[Use, torch.Size]] = set()  # calls whose compact form is not explicit, by their sizes
 
     def of_pass(
@@ -129,9 +126,8 @@ class RowMaker:
         """Rows as a solver may hold on to them."""
         inputs = [tensor for call in calls for tensor, _ in call.inputs]
         if self.lasting:
-            self.lent.pop(block.name, None)
             return apart(rows, inputs, current.copies)
-        self.lent[block.name] = Loan(inputs)
+        current.lent[block.name] = Loan(inputs)
         return rows
 
     def forget(self, blocks: Collection[Block]) -> None:

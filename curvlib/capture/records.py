@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvlib.arrays import Deferred
 from curvlib.capture.axes import likely_axis, spread
+from curvlib.capture.loans import Loan
 from curvlib.errors import CaptureError
 from curvlib.factors import Factors
 from curvlib.layers import Block, Use
@@ -193,6 +194,7 @@ class Pass:
     blocks: tuple[Block, ...] = ()  # what was watched at the time
     checks: Deferred | None = None  # of its outputs, where they were put off
     copies: dict[Any, Tensor] = field(default_factory=dict)  # of inputs whose rows outlast the step, by where they lie
+    lent: dict[str, Loan] = field(default_factory=dict)  # inputs of rows that do not, by block
 
     def keep(self, blocks: tuple[Block, ...]) -> None:
         """Let go what is not of these blocks.

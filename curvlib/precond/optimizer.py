@@ -165,8 +165,7 @@ class NaturalGradient(Deferring):
         solvers, asked, curvature = self._switched(used)
         with without_autocast(self._generator.device):
             damping = ByGroup(self.damping, self._said("damping"))
-            lent = self._capture.rows.lent
-            renewal = Renewal(solvers, damping, self.refresh, self.failures, later, lent)
+            renewal = Renewal(solvers, damping, self.refresh, self.failures, later, taken.lent)
             curvature, natural = self._natural(renewal, curvature, own, rows, factors, used)
             # Outside every block the direction is the gradient itself.
             directions = [natural[id(p)] if id(p) in natural else own[id(p)] for p in context.parameters]

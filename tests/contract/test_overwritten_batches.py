@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from curvlib import Empirical, Every, Exact, Sampled, Woodbury
 from curvlib.arrays import map_arrays
+from curvlib.capture.loans import Loan
 from curvlib.errors import CaptureError, FailureWarning, NotPositiveDefiniteError, RefreshError
 from curvlib.solvers import KID, SENG, SPRING, Dense, Switch
 
@@ -115,11 +116,12 @@ def step_of(model, optimizer, x, unseen=False):
     optimizer.step()
 
 
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
 @pytest.mark.parametrize("overwritten", [False, True])
-def test_a_step_without_curvature_of_its_own_goes_on_with_the_last_batch_only_where_it_is_there(overwritten):
+def test_a_step_without_curvature_of_its_own_goes_on_with_the_last_batch_only_where_it_is_there(overwritten, backend):
     model, x = network(), BATCHES[0].clone()
-    optimizer = composed(model, fisher=Empirical(), refresh=1)
-    step_of(model, optimizer, x)
+    optimizer = composed(model, fisher=Empirical(), refresh=1, backend=backend)
+    step_of(model, optimizer, x.view_as(x))
     if not overwritten:
         step_of(model, optimizer, x.clone(), unseen=True)
         return
@@ -164,3 +166,13 @@ def test_an_inverse_of_an_overwritten_batch_does_not_stand_in(overwritten, monke
             step_of(model, optimizer, x)
     monkeypatch.undo()
     step_of(model, optimizer, x)
+
+
+def test_a_loan_keeps_no_memory():
+    x = torch.zeros(3)
+    loan, state = Loan([x]), {"rows": x}
+    assert not loan.broken(state)
+    x.view(-1)[0] = 1
+    assert loan.broken(state)
+    assert not loan.broken({"rows": x.clone()})
+    assert [counter.untyped_storage().nbytes() for counter, _, _ in loan._lent] == [0]
