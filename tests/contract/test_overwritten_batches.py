@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from curvlib import Empirical, Every, Exact, Sampled, Woodbury
-from curvlib.arrays import map_arrays
-from curvlib.capture.loans import Loan
+from curvlib.capture.loans import Loan, memory
 from curvlib.errors import CaptureError, FailureWarning, NotPositiveDefiniteError, RefreshError
 from curvlib.solvers import KID, SENG, SPRING, Dense, Switch
 
@@ -84,12 +83,6 @@ def test_rows_that_were_not_meant_to_last_are_renewed_when_refreshes_become_rare
     in_one, _ = taught(network, overwrite=True, **options)
     assert_same(in_one, with_own)
     assert {state.refreshed for state in optimizer.curvature.values()} == {4}
-
-
-def memory(state):
-    found = set()
-    map_arrays(lambda array: (found.add(array.untyped_storage().data_ptr()), array)[1], state)
-    return found
 
 
 @pytest.mark.parametrize(("refresh", "copied"), [(1, False), (2, True)])
