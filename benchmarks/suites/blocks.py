@@ -23,6 +23,15 @@ SOLVERS = {
     "ekfac": ("EKFAC", {}),
     "skfac": ("SKFAC", {}),
     "diagonal": ("Diagonal", {}),
+    "eva": ("Eva", {}),
+    "fngd": ("FNGD", {}),
+    "hylo kid": ("KID", {}),
+    "hylo kis": ("KIS", {}),
+    "mkor": ("MKOR", {}),
+    "seng": ("SENG", {}),
+    "shampoo": ("Shampoo", {}),
+    "singd": ("SINGD", {}),
+    "soap": ("SOAP", {}),
 }
 PLACES = ("torch cpu", "torch cuda", "numpy cpu", "cupy cuda")
 """Backend and device."""

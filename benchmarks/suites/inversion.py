@@ -1,5 +1,7 @@
 """How long inversion takes: the estimate, its factorisation, the solve; of one block, and of a network's at once."""
 
+from abc import ABC, abstractmethod
+
 import torch
 
 from curvlib.arrays import cholesky_solve
@@ -14,10 +16,14 @@ except ImportError:  # an older commit
         return [cholesky_solve(factor, one) for factor, one in zip(factors, rhs, strict=True)]
 
 
-class Inversion:
+class Inversion(ABC):
     """What the three verbs of a solver have in common: everything but the timed call is made in `setup`."""
 
     timeout = 120
+
+    @abstractmethod
+    def setup(self, *_):
+        """Abstract, or asv would take this class for a benchmark."""
 
     def prepare(self, solver, rows, place="torch cpu"):
         self.place, self.rows, self.solver = place, rows, blocks.solver(solver)
@@ -55,6 +61,19 @@ class Linear(Inversion):
         self.prepare(solver, blocks.linear(width, batch, dtype))
 
 
+class Solvers(Inversion):
+    """All solvers on the same two blocks, whose shapes are neither square nor powers of two."""
+
+    params = (list(blocks.SOLVERS), ["linear", "sequence"], [96], [64], [1, 12], ["float32"])
+    param_names = ("solver", "layer", "width", "batch", "positions", "dtype")
+
+    def setup(self, solver, layer, width, batch, positions, dtype):
+        if solver == "dense":
+            raise NotImplementedError("the explicit block would not fit")
+        blocks.pin()
+        self.prepare(solver, blocks.block(layer, width, batch, positions, dtype))
+
+
 class Shared(Inversion):
     """Layers that use a weight at several positions."""
 
@@ -67,14 +86,19 @@ class Shared(Inversion):
 
 
 class Place(Inversion):
-    """The same block on every backend and device."""
+    """The same blocks on every backend and device, in both precisions."""
 
-    params = (["woodbury", "kfac", "ekfac"], list(blocks.PLACES), [256], [128])
-    param_names = ("solver", "place", "width", "batch")
+    params = (
+        ["woodbury", "kfac", "ekfac"], ["linear", "sequence"], [256], [128], [1, 16], ["float32", "float64"],
+        list(blocks.PLACES),
+    )  # fmt: skip
+    param_names = ("solver", "layer", "width", "batch", "positions", "dtype", "place")
 
-    def setup(self, solver, place, width, batch):
+    def setup(self, solver, layer, width, batch, positions, dtype, place):
+        if dtype == "float64" and (solver != "woodbury" or layer != "linear"):
+            raise NotImplementedError("one block is enough for this precision")
         blocks.pin()
-        self.prepare(solver, blocks.linear(width, batch, place=place), place)
+        self.prepare(solver, blocks.block(layer, width, batch, positions, dtype, place), place)
 
 
 class Network:

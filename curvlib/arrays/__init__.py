@@ -1,5 +1,7 @@
 """One array namespace over torch, CuPy and NumPy, and the few kernels that curvature needs beyond it."""
 
+from torch import empty, nn
+
 from curvlib.arrays.buffers import Buffers
 from curvlib.arrays.checks import Deferred, deferred, require
 from curvlib.arrays.indexing import equal_pairs, index_add
@@ -31,7 +33,7 @@ from curvlib.arrays.linalg import (
     triangular_solve,
     widen,
 )
-from curvlib.arrays.namespace import Array, Vector, contract, device, dot, kernels, namespace, nbytes, same
+from curvlib.arrays.namespace import Array, Vector, contract, device, dot, kernels, namespace, nbytes, remember, same
 from curvlib.arrays.pieces import in_pieces
 from curvlib.arrays.products import Product, as_array, evaluated, lazily
 from curvlib.arrays.state import TRANSIENT, altered, map_arrays, pack, record, unpack
@@ -90,3 +92,5 @@ __all__ = [
     "unpack",
     "widen",
 ]
+
+remember(empty(0), nn.Parameter(empty(0)))

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 
+from curvlib.arrays.host import is_compiling
 from curvlib.arrays.namespace import Array, namespace
-from curvlib.arrays.torch_kernels import is_compiling
 from curvlib.errors import CurvatureError, NotPositiveDefiniteError
 
-__all__ = ["Deferred", "deferred", "require", "waiting"]
+__all__ = ["Deferred", "deferred", "is_compiling", "require", "waiting"]
 
 
 class Deferred:

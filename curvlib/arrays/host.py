@@ -1,12 +1,12 @@
-"""When NumPy and SciPy may do torch's work."""
+"""Who does the work: when NumPy and SciPy may stand in for torch, and whether a compiler is looking on."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
-__all__ = ["on_host"]
+__all__ = ["is_compiling", "on_host"]
 
 _DTYPES = (torch.float32, torch.float64)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from curvlib.arrays.checks import require, waiting
+from curvlib.arrays.checks import is_compiling, require, waiting
 from curvlib.arrays.namespace import Array, device, kernels, namespace
 from curvlib.errors import NotPositiveDefiniteError
 
@@ -130,6 +130,8 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
         If a matrix is not finite or the iteration does not converge, not even in float64.
     """
     xp = namespace(matrix)
+    if is_compiling():
+        return _eigenpairs_unread(matrix)
     # No routine bears what is not finite, so this cannot wait.
     if not is_finite(matrix):
         raise NotPositiveDefiniteError(f"{_no_basis(matrix)}: it is not finite")
@@ -140,9 +142,21 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
         if wide is None:
             raise NotPositiveDefiniteError(f"{_no_basis(matrix)}: it did not converge, not in float64 either")
         found = xp.astype(wide[0], matrix.dtype), xp.astype(wide[1], matrix.dtype)
-    values, vectors = found
-    # Rounding makes zero eigenvalues slightly negative, which damping should not have to make up for.
-    return xp.where(values > 0, values, xp.zeros_like(values)), vectors
+    return _not_negative(found[0]), found[1]
+
+
+def _not_negative(values: Array) -> Array:
+    """Eigenvalues without what rounding makes of zeros, which damping should not have to make up for."""
+    xp = namespace(values)
+    return xp.where(values > 0, values, xp.zeros_like(values))
+
+
+def _eigenpairs_unread(matrix: Array) -> tuple[Array, Array]:
+    """`eigh` in a graph that a compiler makes, where no number can be looked at: NaN for a matrix not finite."""
+    xp = namespace(matrix)
+    finite = xp.all(xp.isfinite(matrix))
+    values, vectors = kernels(matrix).eigh(xp.where(finite, matrix, xp.zeros_like(matrix)))
+    return _not_negative(values), xp.where(finite, vectors, xp.full_like(vectors, xp.nan))
 
 
 def _eigenpairs(matrix: Array) -> tuple[Array, Array] | None:

@@ -10,7 +10,9 @@ from typing import Any, TypeAlias
 import array_api_compat
 import opt_einsum
 
-__all__ = ["Array", "Vector", "contract", "device", "dot", "kernels", "namespace", "nbytes", "same"]
+from curvlib.arrays.host import is_compiling
+
+__all__ = ["Array", "Vector", "contract", "device", "dot", "kernels", "namespace", "nbytes", "remember", "same"]
 
 Array: TypeAlias = Any
 """An array of torch, CuPy or NumPy; which one is decided where the array is made, nowhere else."""
@@ -55,6 +57,13 @@ def kernels(array: Array) -> Any:
     """
     found = _KERNELS.get(type(array))
     return _load_kernels(array) if found is None else found
+
+
+def remember(*examples: Array) -> None:
+    """Look up what belongs to arrays of these types: in a graph that is compiled nothing can be imported any more."""
+    for example in examples:
+        namespace(example)
+        kernels(example)
 
 
 def _load_kernels(array: Array) -> Any:
@@ -106,8 +115,9 @@ def contract(expression: str, *operands: Array) -> Array:
     operands
         Arrays of one library.
     """
-    if len(operands) <= 2:
+    if len(operands) <= 2 or is_compiling():
         # einsum is no part of the array-API standard, but each library has it beside what the standard asks for.
+        # A compiler can look into torch's, which asks opt_einsum too, but not into a search for an order.
         return namespace(*operands).einsum(expression, *operands)
     path = _path(expression, *(tuple(operand.shape) for operand in operands))
     return opt_einsum.contract(expression, *operands, optimize=list(path))

@@ -163,10 +163,12 @@ def side_by_side(
     effort: float,
 ) -> list[Any]:
     """``function(*one)`` for each of the arguments: on a CPU with a thread for each, the widest matrices first."""
+    if is_dynamo_compiling():  # which knows no threads
+        return [function(*one) for one in arguments]
     threads = torch.get_num_threads()
     chosen = [place for place, width in enumerate(widths) if width <= _ALONE_UP_TO]
     work = effort * sum(widths[place] ** 3 for place in chosen)
-    if like.device.type != "cpu" or threads == 1 or work < _WORTH_THREADS or is_dynamo_compiling():
+    if like.device.type != "cpu" or threads == 1 or work < _WORTH_THREADS:
         return [function(*one) for one in arguments]
     chosen.sort(key=lambda place: -widths[place])
     grad = torch.is_grad_enabled()

@@ -11,7 +11,7 @@ from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, KroneckerLayout, Sharing
 from curvlib.solvers.average import averaged, check_decay
 from curvlib.solvers.base import check_choice, check_damping
-from curvlib.solvers.kfac import KFAC, KFACEigen, KFACEstimate
+from curvlib.solvers.kfac import KFACEigen, KFACEstimate, averaged_factors
 from curvlib.solvers.pairs import KroneckerSolver, adjoined
 
 __all__ = ["EKFAC", "EKFACEstimate"]
@@ -89,9 +89,8 @@ class EKFAC(KroneckerSolver):
         return self.update_all([estimate], [factors])[0]
 
     def update_all(self, estimates: Sequence[EKFACEstimate | None], factors: Sequence[Factors]) -> list[EKFACEstimate]:
-        kfac = KFAC(self.sharing, self.decay)
         pairs = [
-            kfac.update(None if estimate is None else estimate.factors, rows)
+            averaged_factors(None if estimate is None else estimate.factors, rows, self.sharing, self.decay)
             for estimate, rows in zip(estimates, factors, strict=True)
         ]
         # A and G of all blocks whose basis is due, each with the basis to follow it from.

@@ -7,8 +7,18 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from curvlib.arrays import Array, add_diagonal, cholesky, cholesky_solve, device, eigh, is_finite, namespace, record
-from curvlib.errors import ConfigurationError, NotPositiveDefiniteError
+from curvlib.arrays import (
+    Array,
+    add_diagonal,
+    cholesky,
+    cholesky_solve,
+    device,
+    eigh,
+    namespace,
+    record,
+    require_finite,
+)
+from curvlib.errors import ConfigurationError
 from curvlib.factors import Factors, SharedOuter
 from curvlib.solvers.base import Gradient, Solver, as_vector, check_block, check_choice, check_damping, corrected
 
@@ -174,8 +184,7 @@ class KID(Solver):
 
     def factorize(self, estimate: KIDEstimate, damping: float) -> RowInverse:
         damping, kernel = check_damping(damping), estimate.kernel
-        if not is_finite(kernel):
-            raise NotPositiveDefiniteError(f"the kernel of shape {tuple(kernel.shape)} is not finite")
+        require_finite("entries of the kernel", kernel)
         xp = namespace(kernel)
         columns = kernel[:, estimate.chosen]
         # Rows that repeat leave singular values that are rounding alone.

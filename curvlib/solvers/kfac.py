@@ -26,7 +26,7 @@ from curvlib.solvers.average import averaged, check_decay
 from curvlib.solvers.base import check_choice, check_damping
 from curvlib.solvers.pairs import Halves, KroneckerSolver, adjoined
 
-__all__ = ["KFAC", "KFACEigen", "KFACEstimate", "KFACInverse"]
+__all__ = ["KFAC", "KFACEigen", "KFACEstimate", "KFACInverse", "averaged_factors", "split_damping"]
 
 KFACDamping = Literal["pi", "plain", "exact"]
 KFACForm = Literal["auto", "cholesky", "inverse", "eigen"]
@@ -174,16 +174,7 @@ class KFAC(KroneckerSolver):
             )
 
     def update(self, estimate: KFACEstimate | None, factors: Factors) -> KFACEstimate:
-        pair = factors.kronecker(self.sharing)
-        cotangents = pair.cotangents / factors.normalizer
-        if estimate is None:
-            return KFACEstimate(pair.inputs, cotangents, pair.layout, 1)
-        return KFACEstimate(
-            averaged(estimate.inputs, estimate.count, pair.inputs, self.decay),
-            averaged(estimate.cotangents, estimate.count, cotangents, self.decay),
-            pair.layout,
-            estimate.count + 1,
-        )
+        return averaged_factors(estimate, factors, self.sharing, self.decay)
 
     def factorize(self, estimate: KFACEstimate, damping: float) -> KFACInverse | KFACEigen:
         return self.factorize_all([estimate], [damping])[0]
@@ -228,6 +219,20 @@ class KFAC(KroneckerSolver):
 
     def _explicit(self, width: int, other: int) -> bool:
         return self.form == "inverse" or (self.form == "auto" and width <= max(_NARROW, _WIDER * other))
+
+
+def averaged_factors(estimate: KFACEstimate | None, factors: Factors, sharing: Sharing, decay: float) -> KFACEstimate:
+    """Averages of A and G with those of new rows; as of `KFAC.update`, whose hyperparameters they are."""
+    pair = factors.kronecker(sharing)
+    cotangents = pair.cotangents / factors.normalizer
+    if estimate is None:
+        return KFACEstimate(pair.inputs, cotangents, pair.layout, 1)
+    return KFACEstimate(
+        averaged(estimate.inputs, estimate.count, pair.inputs, decay),
+        averaged(estimate.cotangents, estimate.count, cotangents, decay),
+        pair.layout,
+        estimate.count + 1,
+    )
 
 
 def split_damping(inputs: Array, cotangents: Array, damping: float, balanced: bool) -> tuple[Any, Any]:

@@ -1,21 +1,26 @@
 """Every asv benchmark runs, with the first of its parameters that exist here."""
 
+import importlib
 import inspect
 import itertools
 import json
+import pkgutil
 import re
+import shutil
 
 import pytest
 
+from benchmarks import suites
 from benchmarks.record import ROOT
-from benchmarks.suites import accuracy, capture, inversion, layers, steps
+from benchmarks.suites import accuracy, compiled, inversion, steps
 
 TIMED = re.compile("time_|track_|peakmem_")
+# What asv takes for a benchmark: every class of every module with such a method, unless it is abstract.
 CLASSES = {
-    f"{module.__name__.split('.')[-1]}.{name}": kind
-    for module in (accuracy, capture, inversion, layers, steps)
-    for name, kind in vars(module).items()
-    if inspect.isclass(kind) and kind.__module__ == module.__name__ and hasattr(kind, "params")
+    f"{module.name}.{name}": kind
+    for module in pkgutil.iter_modules(suites.__path__)
+    for name, kind in vars(importlib.import_module(f"benchmarks.suites.{module.name}")).items()
+    if inspect.isclass(kind) and not inspect.isabstract(kind) and any(map(TIMED.match, dir(kind)))
 }
 
 
@@ -41,6 +46,25 @@ def test_benchmarks_run_and_their_parameters_have_names(name):
     for method in methods:
         result = getattr(instance, method)(*parameters)
         assert not method.startswith("track_") or result >= 0
+
+
+@pytest.mark.parametrize("solver", inversion.Solvers.params[0])
+def test_every_solver_has_its_inversion_timed(solver):
+    solvers = inversion.Solvers()
+    if solver == "dense":
+        with pytest.raises(NotImplementedError):
+            solvers.setup(solver, "linear", 96, 64, 1, "float32")
+        return
+    solvers.setup(solver, "linear", 96, 64, 1, "float32")
+    for method in (solvers.time_update, solvers.time_factorize, solvers.time_solve):
+        method()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's C++ compiler is missing")
+def test_the_compiled_step_runs_compiled():
+    step = compiled.Compiled()
+    step.setup("W1-b128", "compiled")
+    step.time_step()
 
 
 @pytest.mark.parametrize("layer", ["linear", "sequence", "convolution"])

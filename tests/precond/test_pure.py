@@ -1,5 +1,9 @@
 """Training steps as pure functions: the optimizer's own steps, compiled without a break in the graph."""
 
+import math
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -22,6 +26,11 @@ MODELS = {
 TRANSFORMS = [Momentum(0.9, nesterov=True), WeightDecay(1e-2)]
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+
+
 def problem(name, dtype=torch.float64):
     torch.manual_seed(0)
     build, shape = MODELS[name]
@@ -32,6 +41,11 @@ def pure(model, solver=None, transforms=TRANSFORMS):
     return PureStep(
         model, functional.cross_entropy, solver=solver or Woodbury(), damping=0.1, lr=0.1, transforms=transforms
     )
+
+
+def is_solver(name):
+    kind = getattr(curvlib.solvers, name)
+    return isinstance(kind, type) and issubclass(kind, curvlib.Solver) and kind is not curvlib.Solver
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -66,7 +80,6 @@ def test_the_whole_step_is_one_graph(name):
     model, xs, ys = problem(name)
     step = pure(model)
     state = step.init(xs[0])
-    torch._dynamo.reset()
     report = torch._dynamo.explain(step)(state, (xs[0],), (ys[0],))
     assert report.graph_count == 1
     assert report.graph_break_count == 0
@@ -79,6 +92,61 @@ def test_the_whole_step_is_one_graph(name):
         torch.testing.assert_close(same, loss)
     for name_, value in expected["parameters"].items():
         torch.testing.assert_close(given["parameters"][name_], value, rtol=1e-9, atol=1e-11)
+
+
+SOLVERS = [
+    pytest.param(name, marks=() if name == "KFAC" else pytest.mark.nightly)
+    for name in curvlib.solvers.__all__
+    if name not in ("KIS", "Switch") and is_solver(name)
+]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_has_its_place_in_the_graph(solver):
+    """But `KIS`, which draws its rows in Python, and `Switch`, which asks for the state of a training."""
+    # Compiled one after the other: sizes that have changed once are symbols from then on.
+    for name in ("perceptron", "convolutions"):
+        model, xs, ys = problem(name)
+        step = pure(model, getattr(curvlib.solvers, solver)())
+        state = step.init(xs[0])
+        given, loss = torch.compile(step, backend="eager", fullgraph=True)(state, (xs[0],), (ys[0],))
+        expected, same = step(state, (xs[0],), (ys[0],))
+        torch.testing.assert_close(loss, same)
+        for key, value in expected["parameters"].items():
+            torch.testing.assert_close(given["parameters"][key], value, rtol=1e-9, atol=1e-11)
+
+
+COLD = """
+import torch
+from torch.nn import functional
+import curvlib
+
+model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8, 3))
+solver = curvlib.solvers.{solver}()
+step = curvlib.precond.PureStep(model, functional.cross_entropy, solver=solver, damping=0.1, lr=0.1)
+x, y = torch.randn(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
+state = step.init(x)
+state, loss = torch.compile(step, backend="eager", fullgraph=True)(state, (x,), (y,))
+assert loss.isfinite()
+"""
+
+
+@pytest.mark.parametrize("solver", ["Woodbury", "EKFAC"])
+def test_a_program_may_begin_with_a_compiled_step(solver):
+    """Nothing has been imported or looked up by a step before, which a compiler could not follow."""
+    done = subprocess.run([sys.executable, "-c", COLD.format(solver=solver)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("solver", [EKFAC(decay=0.0), KFAC(decay=0.0, form="eigen")], ids=["EKFAC", "KFAC"])
+def test_eigenvectors_of_what_is_not_finite_are_not_numbers_in_a_graph(solver):
+    model, xs, ys = problem("perceptron")
+    step = pure(model, solver)
+    state = step.init(xs[0])
+    xs[0, 0, 0] = math.inf
+    new, loss = torch.compile(step, backend="eager", fullgraph=True)(state, (xs[0],), (ys[0],))
+    assert not loss.isfinite()
+    assert new["parameters"]["0.weight"].isnan().all()
 
 
 class Twice(nn.Module):
