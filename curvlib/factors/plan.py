@@ -133,14 +133,10 @@ class BlockPlan:
             self.plan.measured[key] = min(times, key=lambda answer: times[answer])
         return self.plan.measured[key]
 
-    def exceeded(self, elements: int, array: Array) -> bool:
-        """Whether so many elements of the dtype of `array` are more than the limit allows."""
+    def limit(self, array: Array) -> int | None:
+        """Elements of the dtype of `array` that the limit allows, at least one; None where there is no limit."""
         limit = self.plan.memory_limit
-        return limit is not None and elements * int(array.dtype.itemsize) > limit
-
-    def elements(self, array: Array) -> int:
-        """Elements of the dtype of `array` that the limit allows, at least one."""
-        return max(1, (self.plan.memory_limit or 0) // int(array.dtype.itemsize))
+        return None if limit is None else max(1, int(limit // int(array.dtype.itemsize)))
 
 
 def _seconds(compute: Callable[[], Array]) -> float:
