@@ -21,6 +21,7 @@ __all__ = [
     "pairs_beat_rows",
     "pairs_worth_a_table",
     "rotated_chunk",
+    "rotated_sample",
     "rotates_positions",
     "rows_are_cheaper_to_keep",
     "sample_chunk",
@@ -181,11 +182,18 @@ def rotates_positions(sizes: Sizes) -> PositionsFirst:
     return PositionsFirst(sizes.positions < sizes.columns * sizes.d_out, sizes.positions < sizes.d_in)
 
 
-def rotated_chunk(elements: int, n: int, limit: int | None = None) -> int:
+def rotated_chunk(elements: int, n: int) -> int:
     """Samples whose rows, of so many elements each, are made and squared at a time; n of them in even parts."""
     parts = -(-n * elements // _ROTATED)
-    step = -(-n // min(max(parts, 1), n))
-    return step if limit is None else max(1, min(step, limit // max(1, elements)))
+    return -(-n // min(max(parts, 1), n))
+
+
+def rotated_sample(sizes: Sizes, d: int) -> int:
+    """Elements of the largest array that one sample adds on the way to its squares in a basis of inputs of width d."""
+    rows = sizes.columns * sizes.d_out * d
+    # Products with a basis for each group copy it for every sample.
+    bases = max(d * d, sizes.columns * sizes.d_out**2) if sizes.groups > 1 else 0
+    return sizes.groups * max(rows, sizes.positions * d, bases)
 
 
 def sample_chunk(elements: int, limit: int | None = None) -> int:

@@ -108,7 +108,7 @@ class OneHotOuter(Planned):
             return self.dual_gram(other)
         if exceeds:
             return blocks(
-                self.explicit_parts(self.limit(other)), [other], lambda one, other: one.dense().cross_gram(other)
+                self.explicit_parts(self.gram_limit(other)), [other], lambda one, other: one.dense().cross_gram(other)
             )
         return self.dense().cross_gram(other)
 
@@ -133,7 +133,7 @@ class OneHotOuter(Planned):
         (n, columns, positions, _), (m, others, theirs, _) = self.cotangents.shape, other.cotangents.shape
         (left_at, left_keys), (right_at, right_keys) = (_where(rare[keys] != 0, at, keys) for at, keys in (left, right))
         cells = xp.zeros((n * m, columns, others), dtype=self.cotangents.dtype, device=device(self.cotangents))
-        step = cost.list_chunk(self.sizes, other.sizes, self.limit(other))
+        step = cost.list_chunk(self.sizes, other.sizes, self.gram_limit(other))
         for start in range(0, int(left_at.shape[0]), step):
             part = left_at[start : start + step]
             here, there = equal_pairs(left_keys[start : start + step], right_keys)
@@ -147,7 +147,7 @@ class OneHotOuter(Planned):
         xp = namespace(self.cotangents)
         result = xp.zeros((len(self), len(other)), dtype=self.cotangents.dtype, device=device(self.cotangents))
         count = int(xp.max(left[1])) if left[1].shape[0] else 0
-        step = cost.table_chunk(self.sizes, other.sizes, self.limit(other))
+        step = cost.table_chunk(self.sizes, other.sizes, self.gram_limit(other))
         for start in range(1, count + 1, step):
             width = min(step, count + 1 - start)
             mine = self._table(left, start, width)
@@ -164,7 +164,7 @@ class OneHotOuter(Planned):
 
     def dual_gram(self, other: SharedOuter) -> Array:
         """Cross-Gram with a linear map whose weight is the table (a tied decoder): its cotangents at the indices."""
-        limit, n = self.limit(other), self.sizes.n
+        limit, n = self.gram_limit(other), self.sizes.n
         others = other.in_parts(cost.pair_table(self.sizes, other.sizes), limit)
         step = cost.chunk(self.sizes, others[0].sizes, limit)
         parts = [self] if step >= n else [self.of_samples(slice(at, at + step)) for at in range(0, n, step)]

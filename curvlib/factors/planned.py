@@ -50,6 +50,16 @@ class Planned(Factors):
         plan = self.plan_with(other)
         return None if plan is None else plan.limit(self.like)
 
+    def gram_limit(self, other: Factors) -> int | None:
+        """Elements that an array on the way to a cross-Gram may have: no fewer than the cross-Gram itself."""
+        limit = self.limit(other)
+        return None if limit is None else max(limit, len(self) * len(other))
+
+    def sharing_plan(self, other: Factors) -> Self:
+        """These rows, with the plan of `other` where they have none."""
+        plan = self.plan_with(other)
+        return self if plan is self.plan or plan is None else self.planned(plan)
+
     def plan_with(self, other: Factors | None) -> BlockPlan | None:
         """The plan, or that of `other` where there is none."""
         return other.plan if self.plan is None and isinstance(other, Planned) else self.plan
@@ -71,7 +81,8 @@ class Planned(Factors):
         if limit is None or n * a_sample <= limit:
             return [self]
         step = max(1, limit // max(1, a_sample))
-        return [self.of_samples(slice(start, start + step)) for start in range(0, n, step)]
+        whole = self if self.plan is None else self.planned(self.plan.apart())
+        return [whole.of_samples(slice(start, start + step)) for start in range(0, n, step)]
 
     def explicit_parts(self, limit: int | None) -> list[Self]:
         """These rows, or parts of their samples whose explicit rows are within a limit."""

@@ -29,7 +29,7 @@ def rotated_row_squares(rows: Array, inputs: Array | None, cotangents: Array | N
     return sum_of_squares(rotated.reshape(rows.shape))
 
 
-def rotated_product_squares(cotangents: Array, inputs: Array, basis: Array | None, limit: int | None = None) -> Array:
+def rotated_product_squares(cotangents: Array, inputs: Array, basis: Array | None) -> Array:
     """``Σ_i (Q_Gᵀ G_iᵀ A_i)²`` for inputs that are rotated already, shape ``(groups, d_out, d)``.
 
     Parameters
@@ -40,13 +40,11 @@ def rotated_product_squares(cotangents: Array, inputs: Array, basis: Array | Non
         A, shape ``(n, groups, positions, d)``, the rows `W_i Q_A` being products of both.
     basis
         Q_G, shape ``(groups, d_out, d_out)``; None for cotangents that are rotated too.
-    limit
-        Elements that the products may have at a time, besides what is fast.
     """
     xp = namespace(inputs)
     n, columns, groups, d_out, positions = cotangents.shape
     flat = xp.permute_dims(cotangents, (0, 2, 1, 3, 4)).reshape(n, groups, columns * d_out, positions)
-    step = cost.rotated_chunk(columns * groups * d_out * inputs.shape[3], n, limit)
+    step = cost.rotated_chunk(columns * groups * d_out * inputs.shape[3], n)
     total: Array = 0
     for start in range(0, n, step):
         rows = flat[start : start + step] @ inputs[start : start + step]

@@ -116,7 +116,7 @@ class SharedOuter(Planned):
 
     def _gram_in_parts(self, other: SharedOuter) -> Array:
         """Cross-Gram summed over parts of the parameters, so that the explicit rows of neither exceed the limit."""
-        sizes, elements = self.sizes, (self.limit(other) or 1) // max(len(self), len(other))
+        sizes, elements = self.sizes, (self.gram_limit(other) or 1) // max(len(self), len(other))
         d_in = 1 if self.weight is None else sizes.d_in
 
         def product(part: tuple[slice, ...]) -> Array:
@@ -151,13 +151,13 @@ class SharedOuter(Planned):
             return self.cross_gram(other.base) * other.scale
         elif self.exceeds_with(other):
             return blocks(
-                self.explicit_parts(self.limit(other)), [other], lambda one, other: one.dense().cross_gram(other)
+                self.explicit_parts(self.gram_limit(other)), [other], lambda one, other: one.dense().cross_gram(other)
             )
         return self.dense().cross_gram(other)
 
     def pair_gram(self, other: SharedOuter) -> Array:
         """Cross-Gram over pairs of positions, without explicit rows; chunked over rows to bound the temporaries."""
-        xp, limit = namespace(self.inputs), self.limit(other)
+        xp, limit = namespace(self.inputs), self.gram_limit(other)
         others = other.in_parts(cost.pair_table(self.sizes, other.sizes), limit)
         if len(others) > 1:
             return blocks([self], others, SharedOuter.pair_gram)
@@ -232,9 +232,7 @@ class SharedOuter(Planned):
             summed = contract("ncgo,gop->ncgp", self.cotangents.sum(axis=2), cotangents)
             return (summed * summed).sum(axis=(0, 1))[:, :, None]
         sizes, limit = self.sizes, self.limit()
-        elements = sizes.row_size
-        if limit is not None:
-            elements = sizes.groups * int(inputs.shape[1]) * max(sizes.columns * sizes.d_out, sizes.positions)
+        elements = sizes.row_size if limit is None else cost.rotated_sample(sizes, int(inputs.shape[1]))
         step = cost.sample_chunk(elements, limit)
         parts = (slice(start, start + step) for start in range(0, sizes.n, step))
         return total(self._rotated_squares(self.inputs[p], self.cotangents[p], inputs, cotangents) for p in parts)
@@ -250,7 +248,7 @@ class SharedOuter(Planned):
             apart = dataclasses.replace(self, inputs=a, cotangents=g).kronecker_rows()
             rotated = apart.project_inputs(inputs).reshape(groups, *a.shape[:2], -1)
             rotated = xp.permute_dims(rotated, (1, 0, 2, 3))
-            return rotated_product_squares(xp.permute_dims(g, (0, 1, 3, 4, 2)), rotated, then, self.limit())
+            return rotated_product_squares(xp.permute_dims(g, (0, 1, 3, 4, 2)), rotated, then)
         rows = contract("ncrgo,nrgi->ncgoi", g, a)
         rows = rows.reshape(-1, groups, *rows.shape[3:])
         if self.bias is not None:

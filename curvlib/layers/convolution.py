@@ -173,7 +173,7 @@ class ConvolutionFactors(Planned):
 
     def cross_gram(self, other: Factors) -> Array:
         self._require_same_block(other)
-        limit = self.limit(unscaled(other)[0])
+        limit = self.gram_limit(unscaled(other)[0])
         if isinstance(other, ConvolutionFactors) and other.groups == self.groups:
             default = "pairs" if cost.pairs_beat_rows(self.sizes, other.sizes) else "rows"
             plan = self.plan_with(other)
@@ -272,8 +272,8 @@ class ConvolutionFactors(Planned):
         sizes, limit = self.sizes, self.limit()
         positions_first = cost.rotates_positions(sizes)
         # Samples whose rows, or whose positions in the basis of the inputs, are made at a time.
-        rows = sizes.row_size if limit is None else sizes.columns * sizes.d_out * inputs[..., 0].numel()
-        step = cost.sample_chunk(sizes.positions * inputs[..., 0].numel() if positions_first.inputs else rows, limit)
+        elements = sizes.positions * inputs[..., 0].numel() if positions_first.inputs else sizes.row_size
+        step = cost.sample_chunk(elements if limit is None else cost.rotated_sample(sizes, inputs.shape[2]), limit)
         squares: Array = 0
         for start in range(0, sizes.n, step):
             images, g = self.images[start : start + step], self.cotangents[start : start + step]
@@ -283,7 +283,7 @@ class ConvolutionFactors(Planned):
             then = None if positions_first.cotangents else cotangents
             if positions_first.inputs:
                 rotated = self._rotated_inputs(images, inputs)
-                squares = squares + rotated_product_squares(g, rotated, then, limit)
+                squares = squares + rotated_product_squares(g, rotated, then)
             else:
                 part = dataclasses.replace(
                     self, images=images, cotangents=g.reshape(len(g), -1, *self.cotangents.shape[2:])

@@ -21,7 +21,8 @@ __all__ = ["gram_in_parts", "pair_gram", "rows_in_parts"]
 
 def pair_gram(left: ConvolutionFactors, right: ConvolutionFactors) -> Array:
     """Cross-Gram over pairs of positions, of patches of as many samples at a time as the limit allows."""
-    limit = left.limit(right)
+    left, right = left.sharing_plan(right), right.sharing_plan(left)
+    limit = left.gram_limit(right)
     mine, theirs = left.unfolded_parts(limit), right.unfolded_parts(limit)
     strips = []
     for part in mine:
@@ -32,14 +33,15 @@ def pair_gram(left: ConvolutionFactors, right: ConvolutionFactors) -> Array:
 
 def gram_in_parts(left: ConvolutionFactors, right: ConvolutionFactors) -> Array:
     """Cross-Gram summed over parts of the parameters, so that explicit rows of neither exceed the limit."""
+    same, left, right = right is left, left.sharing_plan(right), right.sharing_plan(left)
     sizes = left.sizes
     taps = prod(left.weight_shape[2:])
     channels = 1 if left.weight is None else left.weight_shape[1]
-    elements = (left.limit(right) or 1) // (max(len(left), len(right)) * taps)
+    elements = (left.gram_limit(right) or 1) // (max(len(left), len(right)) * taps)
 
     def product(part: tuple[slice, ...]) -> Array:
         mine = _of_parameters(left, *part).dense()
-        return mine.gram() if right is left else mine.cross_gram(_of_parameters(right, *part).dense())
+        return mine.gram() if same else mine.cross_gram(_of_parameters(right, *part).dense())
 
     # All outputs with some channels, whose patches are then made once.
     return total(map(product, slices(elements, sizes.groups, channels, sizes.d_out)))
@@ -57,6 +59,7 @@ def _of_parameters(factors: ConvolutionFactors, groups: slice, channels: slice, 
         weight_shape=(g.shape[2] * g.shape[3], x.shape[2], *factors.weight_shape[2:]),
         groups=x.shape[1],
         bias=None if channels.start else factors.bias,
+        plan=None if factors.plan is None else factors.plan.apart(),
     )
 
 
