@@ -216,6 +216,11 @@ class Factors(ABC):
         """Return the same rows, which will ask `plan` for their routes."""
         return self
 
+    @property
+    def exceeds(self) -> bool:
+        """Whether explicit rows are more than the plan's limit on memory allows."""
+        return False
+
     # -- new Factors from old -----------------------------------------------------------------------------------------
 
     def rows(self, index: Array) -> Factors:

@@ -165,6 +165,10 @@ class Sum(Factors):
     def route(self) -> str:
         return "; ".join(dict.fromkeys(term.route for term in self.terms if term.route))
 
+    @property
+    def exceeds(self) -> bool:
+        return any(term.exceeds for term in self.terms)
+
     def planned(self, plan: BlockPlan) -> Sum:
         return dataclasses.replace(self, terms=tuple(term.planned(plan) for term in self.terms))
 

@@ -6,6 +6,7 @@ matrix products run tens of times faster than an elementwise pass over their res
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 __all__ = [
@@ -16,12 +17,15 @@ __all__ = [
     "grouped_gradient_pays",
     "lines_beat_patches",
     "list_chunk",
+    "pair_table",
     "pairs_beat_rows",
     "pairs_worth_a_table",
     "rotated_chunk",
+    "rotated_sample",
     "rotates_positions",
     "rows_are_cheaper_to_keep",
     "sample_chunk",
+    "steps",
     "table_chunk",
     "table_is_cheaper_to_keep",
     "unfold_chunk",
@@ -92,10 +96,37 @@ def pairs_beat_rows(left: Sizes, right: Sizes) -> bool:
     return inputs + cotangents < products + making
 
 
-def chunk(left: Sizes, right: Sizes) -> int:
-    """Samples of `left` to take at a time so that a table of position pairs stays small."""
+def chunk(left: Sizes, right: Sizes, limit: int | None = None) -> int:
+    """Samples of `left` to take at a time so that a table of position pairs stays small.
+
+    Parameters
+    ----------
+    left, right
+        Sizes of both sides.
+    limit
+        Elements that a plan allows a temporary, None where it has no limit; as everywhere in this module.
+    """
     a_sample = left.columns * left.positions * right.rows * right.positions
-    return max(1, _TEMPORARY // max(1, a_sample))
+    return max(1, _small(limit) // max(1, a_sample))
+
+
+def pair_table(left: Sizes, right: Sizes) -> int:
+    """Elements of the table of position pairs of one sample with one sample."""
+    return left.columns * left.positions * right.columns * right.positions
+
+
+def _small(limit: int | None) -> int:
+    """Elements of a temporary that is small, and within the limit of a plan."""
+    return _TEMPORARY if limit is None else min(limit, _TEMPORARY)
+
+
+def steps(elements: int, axes: Sequence[int]) -> list[int]:
+    """How much of each axis to take at a time, all of the first ones if that is no more than `elements`, but some."""
+    taken = []
+    for size in axes:
+        taken.append(max(1, min(size, elements)))
+        elements //= taken[-1]
+    return taken
 
 
 def rows_are_cheaper_to_keep(sizes: Sizes) -> bool:
@@ -157,9 +188,17 @@ def rotated_chunk(elements: int, n: int) -> int:
     return -(-n // min(max(parts, 1), n))
 
 
-def sample_chunk(elements: int) -> int:
+def rotated_sample(sizes: Sizes, d: int) -> int:
+    """Elements of the largest array that one sample adds on the way to its squares in a basis of inputs of width d."""
+    rows = sizes.columns * sizes.d_out * d
+    # Products with a basis for each group copy it for every sample.
+    bases = max(d * d, sizes.columns * sizes.d_out**2) if sizes.groups > 1 else 0
+    return sizes.groups * max(rows, sizes.positions * d, bases)
+
+
+def sample_chunk(elements: int, limit: int | None = None) -> int:
     """Samples to take at a time so that a temporary with so many elements for each stays small."""
-    return max(1, _TEMPORARY // max(1, elements))
+    return max(1, _small(limit) // max(1, elements))
 
 
 def lines_beat_patches(sizes: Sizes, along: int, stride: int) -> bool:
@@ -189,16 +228,16 @@ def pairs_worth_a_table(left: Sizes, right: Sizes) -> float:
     return table / a_pair
 
 
-def table_chunk(left: Sizes, right: Sizes) -> int:
+def table_chunk(left: Sizes, right: Sizes, limit: int | None = None) -> int:
     """Entries of a table to take at a time so that rows over them stay small."""
-    return max(1, _TEMPORARY // max(1, (left.rows + right.rows) * left.d_out))
+    return max(1, _small(limit) // max(1, (left.rows + right.rows) * left.d_out))
 
 
-def list_chunk(left: Sizes, right: Sizes) -> int:
+def list_chunk(left: Sizes, right: Sizes, limit: int | None = None) -> int:
     """Lookups of `left` to take at a time so that a list of their pairs stays small, however they are distributed."""
     a_pair = (left.columns + right.columns) * left.d_out + left.columns * right.columns
     # A listed entry has fewer pairs than a table is worth, so none of its lookups has more than that.
-    return max(1, int(_TEMPORARY / max(1.0, a_pair * pairs_worth_a_table(left, right))))
+    return max(1, int(_small(limit) / max(1.0, a_pair * pairs_worth_a_table(left, right))))
 
 
 def table_is_cheaper_to_keep(sizes: Sizes, vocabulary: int) -> bool:

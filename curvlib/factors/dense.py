@@ -78,6 +78,8 @@ class Dense(Factors):
 
     def cross_gram(self, other: Factors) -> Array:
         self._require_same_block(other)
+        if other.exceeds:
+            return other.cross_gram(self).T
         theirs = other.dense()
         total = None
         for name, array in self.values.items():

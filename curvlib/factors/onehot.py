@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,8 +12,10 @@ from curvlib.errors import ConfigurationError
 from curvlib.factors import cost
 from curvlib.factors.base import Factors, Sharing, joint_samples
 from curvlib.factors.dense import Dense, spread
-from curvlib.factors.kronecker import KroneckerLayout, KroneckerRows
+from curvlib.factors.kronecker import KroneckerLayout, KroneckerPair, KroneckerRows
 from curvlib.factors.outer import OuterProduct
+from curvlib.factors.planned import Planned, blocks, joint_pair, total, total_vector
+from curvlib.factors.scaled import Scaled
 from curvlib.factors.shared import SharedOuter
 
 __all__ = ["OneHotOuter"]
@@ -23,7 +25,7 @@ Places: TypeAlias = tuple[Array, Array]
 
 
 @dataclass(frozen=True, eq=False)
-class OneHotOuter(Factors):
+class OneHotOuter(Planned):
     """Row (sample i, column c) is ``Σ_r e(k_ir) g_icrᵀ``: position r of the sample looked up entry k_ir of a table.
 
     Parameters
@@ -95,10 +97,19 @@ class OneHotOuter(Factors):
         self._require_same_block(other)
         if isinstance(other, OuterProduct):
             other = other.as_shared()
-        if isinstance(other, OneHotOuter) and not cost.table_is_cheaper_to_keep(self.sizes, self.vocabulary):
+        if isinstance(other, Scaled) and self.limit(other.base) is not None:
+            return self.cross_gram(other.base) * other.scale
+        exceeds = self.exceeds_with(other)
+        if isinstance(other, OneHotOuter) and (
+            exceeds or not cost.table_is_cheaper_to_keep(self.sizes, self.vocabulary)
+        ):
             return self.match_gram(other)
         if isinstance(other, SharedOuter) and other.inputs.shape[2] == 1:
             return self.dual_gram(other)
+        if exceeds:
+            return blocks(
+                self.explicit_parts(self.gram_limit(other)), [other], lambda one, other: one.dense().cross_gram(other)
+            )
         return self.dense().cross_gram(other)
 
     def match_gram(self, other: OneHotOuter) -> Array:
@@ -122,7 +133,7 @@ class OneHotOuter(Factors):
         (n, columns, positions, _), (m, others, theirs, _) = self.cotangents.shape, other.cotangents.shape
         (left_at, left_keys), (right_at, right_keys) = (_where(rare[keys] != 0, at, keys) for at, keys in (left, right))
         cells = xp.zeros((n * m, columns, others), dtype=self.cotangents.dtype, device=device(self.cotangents))
-        step = cost.list_chunk(self.sizes, other.sizes)
+        step = cost.list_chunk(self.sizes, other.sizes, self.gram_limit(other))
         for start in range(0, int(left_at.shape[0]), step):
             part = left_at[start : start + step]
             here, there = equal_pairs(left_keys[start : start + step], right_keys)
@@ -134,14 +145,14 @@ class OneHotOuter(Factors):
     def _table_gram(self, other: OneHotOuter, left: Places, right: Places) -> Array:
         """Share of the entries with a number above 0: explicit rows over some of them at a time."""
         xp = namespace(self.cotangents)
-        total = xp.zeros((len(self), len(other)), dtype=self.cotangents.dtype, device=device(self.cotangents))
+        result = xp.zeros((len(self), len(other)), dtype=self.cotangents.dtype, device=device(self.cotangents))
         count = int(xp.max(left[1])) if left[1].shape[0] else 0
-        step = cost.table_chunk(self.sizes, other.sizes)
+        step = cost.table_chunk(self.sizes, other.sizes, self.gram_limit(other))
         for start in range(1, count + 1, step):
             width = min(step, count + 1 - start)
             mine = self._table(left, start, width)
-            total = total + mine @ (mine if other is self else other._table(right, start, width)).T
-        return total
+            result = result + mine @ (mine if other is self else other._table(right, start, width)).T
+        return result
 
     def _table(self, places: Places, start: int, width: int) -> Array:
         """Rows over the entries numbered from `start`, shape ``(rows, width · d)``."""
@@ -153,19 +164,16 @@ class OneHotOuter(Factors):
 
     def dual_gram(self, other: SharedOuter) -> Array:
         """Cross-Gram with a linear map whose weight is the table (a tied decoder): its cotangents at the indices."""
-        return self._in_chunks(lambda part: part._dual_gram(other), cost.chunk(self.sizes, other.sizes))
+        limit, n = self.gram_limit(other), self.sizes.n
+        others = other.in_parts(cost.pair_table(self.sizes, other.sizes), limit)
+        step = cost.chunk(self.sizes, others[0].sizes, limit)
+        parts = [self] if step >= n else [self.of_samples(slice(at, at + step)) for at in range(0, n, step)]
+        return blocks(parts, others, OneHotOuter._dual_gram)
 
-    def _in_chunks(self, product: Callable[[OneHotOuter], Array], step: int) -> Array:
-        n = int(self.indices.shape[0])
-        if step >= n:
-            return product(self)
-        parts = [
-            dataclasses.replace(
-                self, indices=self.indices[start : start + step], cotangents=self.cotangents[start : start + step]
-            )
-            for start in range(0, n, step)
-        ]
-        return namespace(self.cotangents).concat([product(part) for part in parts], axis=0)
+    def of_samples(self, samples: slice) -> OneHotOuter:
+        return dataclasses.replace(
+            self, indices=self.indices[samples], cotangents=self.cotangents[samples], samples=None
+        )
 
     def _occurrences(self) -> Array:
         """Positions ``sample · positions + r`` that count: those with a cotangent other than zero."""
@@ -199,6 +207,11 @@ class OneHotOuter(Factors):
         return {self.weight: index_add(self.vocabulary, self.indices.reshape(-1), weighted.reshape(-1, d))}
 
     def diagonal(self) -> dict[str, Array]:
+        sizes = self.sizes
+        parts = self.in_parts(sizes.positions * max(sizes.positions, sizes.columns * sizes.d_out), self.limit())
+        return total_vector(part._diagonal() for part in parts)
+
+    def _diagonal(self) -> dict[str, Array]:
         # An entry looked up several times by one sample adds up before it is squared.
         equal = namespace(self.cotangents).astype(
             self.indices[:, :, None] == self.indices[:, None, :], self.cotangents.dtype
@@ -224,6 +237,15 @@ class OneHotOuter(Factors):
             chosen, g = chosen.sum(axis=1) / max(1, positions), g.sum(axis=2)
         layout = KroneckerLayout(self.weight, None, self.shapes[self.weight])
         return KroneckerRows(g.reshape(1, -1, d), chosen.reshape(1, -1, self.vocabulary), layout)
+
+    def kronecker(self, sharing: Sharing = "expand") -> KroneckerPair:
+        parts = self.in_parts(self.sizes.positions * self.vocabulary, self.limit())
+        return super().kronecker(sharing) if len(parts) == 1 else joint_pair(parts, sharing)
+
+    def rotated_squares(self, inputs: Array, cotangents: Array) -> Array:
+        a_sample = self.vocabulary * max(self.sizes.positions, self.sizes.columns * self.sizes.d_out)
+        parts = self.in_parts(a_sample, self.limit())
+        return total(super(OneHotOuter, part).rotated_squares(inputs, cotangents) for part in parts)
 
     # -- new Factors from old -----------------------------------------------------------------------------------------
 
@@ -282,7 +304,8 @@ class OneHotOuter(Factors):
         )
 
     def compact(self) -> Factors:
-        return self.dense() if cost.table_is_cheaper_to_keep(self.sizes, self.vocabulary) else self
+        pays = cost.table_is_cheaper_to_keep(self.sizes, self.vocabulary) and not self.exceeds
+        return self.dense() if pays else self
 
     def portable(self) -> OneHotOuter:
         return self

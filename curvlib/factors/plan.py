@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -53,10 +54,10 @@ class Plan:
     Parameters
     ----------
     memory_limit
-        Bytes that the explicit rows of one block, or a temporary on the way to its Gram, may take. Rows that would be
-        larger are never held: their Gram is summed over parts of the parameters, and products use the factored form.
-        None for no limit but that on temporaries of pairs of positions. Rows that exist only explicitly (`Dense`, the
-        `torch.func` fallback) are not touched.
+        Bytes that an array of one block may take on a way that needs more than the batch: explicit rows, unfolded
+        patches, tables of pairs of positions, lookups and their pairs, rows in a Kronecker eigenbasis. A few of them
+        live at a time. Rows that would be larger are never held: their Gram is summed over parts of the parameters, and
+        products use the factored form. None for no limit but that on temporaries of pairs of positions. See the notes.
     routes
         Patterns of block names to `Route`; the first that matches wins.
     timed
@@ -72,6 +73,21 @@ class Plan:
     ------
     ConfigurationError
         If the limit is not a positive number of bytes, or a value of `routes` is no `Route`.
+
+    Notes
+    -----
+    `memory_limit` holds for Grams and cross-Grams, rows that are kept, covariances and diagonals, the factors of K-FAC
+    and the moments of EKFAC. It does not cover
+
+    - inputs and cotangents, also padded or in another order;
+    - results: a Gram, and temporaries that are no larger, ``(rows, rows)``; Kronecker factors; gradients;
+    - one unit of work, where that alone is larger: one sample's patches, its pairs of positions with one other sample;
+      one lookup with all that looked up the same; one parameter's column of J, or a kernel's columns; in EKFAC, and for
+      covariances and diagonals, one sample's rows;
+    - rows that exist only explicitly (`Dense`, the `torch.func` fallback), covariances and diagonals of weights that
+      are used in several ways, and the patches of a convolution that is called several times in a pass;
+    - rows of inputs and cotangents apart (patches of a convolution among them) in the solvers that keep or combine
+      them one by one, such as `SKFAC`, `SENG` or `SINGD`.
     """
 
     def __init__(
@@ -133,14 +149,16 @@ class BlockPlan:
             self.plan.measured[key] = min(times, key=lambda answer: times[answer])
         return self.plan.measured[key]
 
-    def exceeded(self, elements: int, array: Array) -> bool:
-        """Whether so many elements of the dtype of `array` are more than the limit allows."""
-        limit = self.plan.memory_limit
-        return limit is not None and elements * int(array.dtype.itemsize) > limit
+    def apart(self) -> BlockPlan:
+        """The same choices for a part of the rows, whose memory is not what whole rows take from step to step."""
+        plan = copy.copy(self.plan)
+        plan.buffers = Buffers()
+        return BlockPlan(plan, self.route)
 
-    def elements(self, array: Array) -> int:
-        """Elements of the dtype of `array` that the limit allows, at least one."""
-        return max(1, (self.plan.memory_limit or 0) // int(array.dtype.itemsize))
+    def limit(self, array: Array) -> int | None:
+        """Elements of the dtype of `array` that the limit allows, at least one; None where there is no limit."""
+        limit = self.plan.memory_limit
+        return None if limit is None else max(1, int(limit // int(array.dtype.itemsize)))
 
 
 def _seconds(compute: Callable[[], Array]) -> float:

@@ -142,6 +142,10 @@ class Scaled(Factors):
     def route(self) -> str:
         return self.base.route
 
+    @property
+    def exceeds(self) -> bool:
+        return self.base.exceeds
+
     def planned(self, plan: BlockPlan) -> Scaled:
         return altered(self, base=self.base.planned(plan))
 

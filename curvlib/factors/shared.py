@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
-from curvlib.arrays import TRANSIENT, Array, Vector, altered, contract, namespace
+from curvlib.arrays import Array, Vector, contract, namespace
 from curvlib.errors import ConfigurationError
 from curvlib.factors import cost
 from curvlib.factors.base import Factors, Sharing, joint_samples
 from curvlib.factors.dense import Dense, spread
 from curvlib.factors.kronecker import KroneckerLayout, KroneckerRows
-from curvlib.factors.plan import BlockPlan
+from curvlib.factors.planned import Planned, blocks, slices, total
 from curvlib.factors.rotation import rotated_product_squares, rotated_row_squares
+from curvlib.factors.scaled import Scaled
 
 __all__ = ["SharedOuter"]
 
 
 @dataclass(frozen=True, eq=False)
-class SharedOuter(Factors):
+class SharedOuter(Planned):
     """Row (sample i, column c) is ``Σ_r g_icr [a_ir, 1]ᵀ``, block-diagonal over groups.
 
     Parameters
@@ -47,7 +48,6 @@ class SharedOuter(Factors):
     weight_shape: tuple[int, ...]
     weight: str | None = "weight"
     bias: str | None = None
-    plan: BlockPlan | None = field(default=None, kw_only=True, repr=False, metadata=TRANSIENT)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight_shape", tuple(self.weight_shape))
@@ -112,32 +112,56 @@ class SharedOuter(Factors):
 
     def row_gram(self) -> Array:
         """Gram from explicit rows, of a part of the parameters at a time where there is a limit on memory."""
-        rows, sizes = len(self), self.sizes
-        groups, d_in, d_out = sizes.groups, sizes.d_in, sizes.d_out
-        if self.plan is None or not self.plan.exceeded(rows * groups * d_in * d_out, self.inputs):
-            return self.dense().gram()
-        total: Array = 0
-        step = max(1, self.plan.elements(self.inputs) // (rows * groups * d_in))
-        for start in range(0, d_out, step):
-            part = self.cotangents[..., start : start + step]
-            shape = (groups * int(part.shape[4]), *self.weight_shape[1:])
-            total = total + SharedOuter(self.inputs, part, shape, self.weight, self.bias).dense().gram()
-        return total
+        return self._gram_in_parts(self) if self.exceeds else self.dense().gram()
+
+    def _gram_in_parts(self, other: SharedOuter) -> Array:
+        """Cross-Gram summed over parts of the parameters, so that the explicit rows of neither exceed the limit."""
+        sizes, elements = self.sizes, (self.gram_limit(other) or 1) // max(len(self), len(other))
+        d_in = 1 if self.weight is None else sizes.d_in
+
+        def product(part: tuple[slice, ...]) -> Array:
+            mine = self._of_parameters(*part).dense()
+            return mine.gram() if other is self else mine.cross_gram(other._of_parameters(*part).dense())
+
+        return total(map(product, slices(elements, sizes.groups, sizes.d_out, d_in)))
+
+    def _of_parameters(self, groups: slice, outputs: slice, inputs: slice) -> SharedOuter:
+        """Columns of J that belong to a part of the weight, and to that of the bias with the first inputs."""
+        a, g = self.inputs[:, :, groups, inputs], self.cotangents[:, :, :, groups, outputs]
+        shape = int(g.shape[3] * g.shape[4]), int(a.shape[3])
+        return SharedOuter(a, g, shape, self.weight, None if inputs.start else self.bias)
+
+    def of_samples(self, samples: slice) -> SharedOuter:
+        return dataclasses.replace(self, inputs=self.inputs[samples], cotangents=self.cotangents[samples], samples=None)
 
     def cross_gram(self, other: Factors) -> Array:
         from curvlib.factors.onehot import OneHotOuter
 
         self._require_same_block(other)
-        if isinstance(other, SharedOuter) and cost.pairs_beat_rows(self.sizes, other.sizes):
-            return self.pair_gram(other)
-        if isinstance(other, OneHotOuter):
+        if isinstance(other, SharedOuter) and other.sizes.groups == self.sizes.groups:
+            default = "pairs" if cost.pairs_beat_rows(self.sizes, other.sizes) else "rows"
+            plan = self.plan_with(other)
+            if (default if plan is None else plan.choose("gram", self.sizes, default)) == "pairs":
+                return self.pair_gram(other)
+            if self.exceeds_with(other):
+                return self._gram_in_parts(other)
+        elif isinstance(other, OneHotOuter):
             return other.cross_gram(self).T
+        elif isinstance(other, Scaled) and self.limit(other.base) is not None:
+            return self.cross_gram(other.base) * other.scale
+        elif self.exceeds_with(other):
+            return blocks(
+                self.explicit_parts(self.gram_limit(other)), [other], lambda one, other: one.dense().cross_gram(other)
+            )
         return self.dense().cross_gram(other)
 
     def pair_gram(self, other: SharedOuter) -> Array:
         """Cross-Gram over pairs of positions, without explicit rows; chunked over rows to bound the temporaries."""
-        xp = namespace(self.inputs)
-        step = cost.chunk(self.sizes, other.sizes)
+        xp, limit = namespace(self.inputs), self.gram_limit(other)
+        others = other.in_parts(cost.pair_table(self.sizes, other.sizes), limit)
+        if len(others) > 1:
+            return blocks([self], others, SharedOuter.pair_gram)
+        step = cost.chunk(self.sizes, other.sizes, limit)
         if step >= self.inputs.shape[0]:
             return self._pair_gram(self.inputs, self.cotangents, other)
         chunks = [
@@ -147,7 +171,7 @@ class SharedOuter(Factors):
         return xp.concat(chunks, axis=0)
 
     def _pair_gram(self, inputs: Array, cotangents: Array, other: SharedOuter) -> Array:
-        total: Array = 0
+        result: Array = 0
         n, columns, positions, groups, _ = cotangents.shape
         m, others, there = other.cotangents.shape[:3]
         for group in range(groups):
@@ -155,15 +179,15 @@ class SharedOuter(Factors):
             h = other.cotangents[:, :, :, group].reshape(m * others * there, -1)
             pairs = (g @ h.T).reshape(n, columns, positions, m, others, there)
             if self.weight is None:
-                total = total + pairs.sum(axis=(2, 5))
+                result = result + pairs.sum(axis=(2, 5))
                 continue
             a = inputs[:, :, group].reshape(n * positions, -1)
             b = other.inputs[:, :, group].reshape(m * there, -1)
             products = (a @ b.T).reshape(n, positions, m, there)
             if self.bias is not None:
                 products = products + 1
-            total = total + contract("ncrmds,nrms->ncmd", pairs, products)
-        return total.reshape(n * columns, m * others)
+            result = result + contract("ncrmds,nrms->ncmd", pairs, products)
+        return result.reshape(n * columns, m * others)
 
     def _outputs(self, vector: Vector) -> Array:
         groups = self.inputs.shape[2]
@@ -207,12 +231,11 @@ class SharedOuter(Factors):
         if self.weight is None:
             summed = contract("ncgo,gop->ncgp", self.cotangents.sum(axis=2), cotangents)
             return (summed * summed).sum(axis=(0, 1))[:, :, None]
-        total: Array = 0
-        step = cost.sample_chunk(self.sizes.row_size)
-        for start in range(0, self.sizes.n, step):
-            a, g = self.inputs[start : start + step], self.cotangents[start : start + step]
-            total = total + self._rotated_squares(a, g, inputs, cotangents)
-        return total
+        sizes, limit = self.sizes, self.limit()
+        elements = sizes.row_size if limit is None else cost.rotated_sample(sizes, int(inputs.shape[1]))
+        step = cost.sample_chunk(elements, limit)
+        parts = (slice(start, start + step) for start in range(0, sizes.n, step))
+        return total(self._rotated_squares(self.inputs[p], self.cotangents[p], inputs, cotangents) for p in parts)
 
     def _rotated_squares(self, a: Array, g: Array, inputs: Array, cotangents: Array) -> Array:
         """`rotated_squares` of some samples: each basis is applied to positions or to rows, whichever are fewer."""
@@ -243,8 +266,6 @@ class SharedOuter(Factors):
         return dataclasses.replace(self, weight=weight, bias=bias)
 
     def scaled(self, scale: Array | float) -> Factors:
-        from curvlib.factors.scaled import Scaled
-
         if isinstance(scale, float | int) and self.cotangents.shape[2] > 1:
             return Scaled(self, float(scale), samples=self.samples)
         return self._weighted(scale)
@@ -293,19 +314,13 @@ class SharedOuter(Factors):
         default = "rows" if cost.rows_are_cheaper_to_keep(self.sizes) else "factored"
         if self.plan is None:
             return default
-        _, _, _, groups, d_in, d_out = self.sizes
-        if self.plan.exceeded(len(self) * groups * d_in * d_out, self.inputs):
-            return "factored"
-        return self.plan.choose("keep", self.sizes, default)
+        return "factored" if self.exceeds else self.plan.choose("keep", self.sizes, default)
 
     @property
     def route(self) -> str:
         default = "pairs" if cost.pairs_beat_rows(self.sizes, self.sizes) else "rows"
         gram = default if self.plan is None else self.plan.choose("gram", self.sizes, default)
         return f"Gram over {gram}, keeps {self._keeps()}"
-
-    def planned(self, plan: BlockPlan) -> SharedOuter:
-        return altered(self, plan=plan)
 
     def portable(self) -> SharedOuter:
         return self

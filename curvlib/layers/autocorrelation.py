@@ -83,7 +83,7 @@ class _Tap(NamedTuple):
     last: int
 
 
-def patch_moments(images: Tensor, kernel: Kernel, groups: int = 1) -> Tensor:
+def patch_moments(images: Tensor, kernel: Kernel, groups: int = 1, limit: int | None = None) -> Tensor:
     """Sum over samples and positions of patch · patchᵀ.
 
     Parameters
@@ -94,6 +94,8 @@ def patch_moments(images: Tensor, kernel: Kernel, groups: int = 1) -> Tensor:
         How patches are taken.
     groups
         Groups of channels, each with patches of its own.
+    limit
+        Elements that lines of several samples may have at a time, besides what is fast.
 
     Returns
     -------
@@ -107,9 +109,9 @@ def patch_moments(images: Tensor, kernel: Kernel, groups: int = 1) -> Tensor:
     axes = [kernel.along(axis, images.shape[2 + axis]) for axis in range(dims)]
     line = axes.pop(chosen)
     columns = [axis.positions for axis in axes]
-    step = cost.sample_chunk(channels * line.size * _product(columns) * _product([axis.taps for axis in axes]))
+    step = cost.sample_chunk(channels * line.size * _product(columns) * _product([axis.taps for axis in axes]), limit)
     if step < n:
-        parts = (patch_moments(images[start : start + step], kernel, groups) for start in range(0, n, step))
+        parts = (patch_moments(images[start : start + step], kernel, groups, limit) for start in range(0, n, step))
         return functools.reduce(torch.add, parts)
 
     # (channels, lines, n, *columns): the axes that products sum over come last, lines first among them.

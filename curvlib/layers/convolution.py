@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from curvlib.arrays import TRANSIENT, Array, Vector, altered
+from curvlib.arrays import Array, Vector
 from curvlib.factors import Dense, Factors, KroneckerLayout, KroneckerPair, KroneckerRows, Scaled, SharedOuter, cost
 from curvlib.factors.base import Sharing, joint_samples
 from curvlib.factors.dense import spread
 from curvlib.factors.kronecker import bordered
-from curvlib.factors.plan import BlockPlan
+from curvlib.factors.planned import Planned, blocks, joint_pair, total
 from curvlib.factors.rotation import rotated_product_squares, rotated_row_squares
+from curvlib.factors.scaled import unscaled
 from curvlib.factors.shared import rename
 from curvlib.layers.autocorrelation import Kernel, patch_moments, patch_sums, position_moments, windows
+from curvlib.layers.convolution_parts import gram_in_parts, pair_gram, rows_in_parts
 from curvlib.layers.linear import trainable
 from curvlib.layers.registry import register
 from curvlib.layers.sample_gradients import grouped_gradients, unfolded_gradients, weight_gradient
@@ -31,7 +33,7 @@ _CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3
 
 
 @dataclass(frozen=True, eq=False)
-class ConvolutionFactors(Factors):
+class ConvolutionFactors(Planned):
     """Rows of a convolution, kept as images and cotangents; patches are made only where a route needs them.
 
     Parameters
@@ -60,7 +62,6 @@ class ConvolutionFactors(Factors):
     weight: str | None = "weight"
     bias: str | None = None
     padding: tuple[int, ...] = ()
-    plan: BlockPlan | None = field(default=None, kw_only=True, repr=False, metadata=TRANSIENT)
 
     def __post_init__(self) -> None:
         if not self.padding:
@@ -109,8 +110,12 @@ class ConvolutionFactors(Factors):
         n, columns = self.cotangents.shape[:2]
         values = {}
         if self.weight is not None:
+            parts = self.unfolded_parts(self.limit())
+            route = parts[0]._rows_route()
+            if route == "unfold" and len(parts) > 1:
+                return rows_in_parts(parts, self.samples)
             g = [self.cotangents[:, column] for column in range(columns)]
-            rows = self._grouped_rows(g) if self._rows_route() == "grouped" else self._unfolded_rows(g)
+            rows = self._grouped_rows(g) if route == "grouped" else self._unfolded_rows(g)
             values[self.weight] = rows[0] if columns == 1 else torch.stack(rows, dim=1).flatten(0, 1)
         if self.bias is not None:
             values[self.bias] = self.cotangents.flatten(3).sum(-1).reshape(n * columns, -1)
@@ -153,50 +158,45 @@ class ConvolutionFactors(Factors):
 
     def gram(self) -> Array:
         if self._gram_route() == "pairs":
-            return self.patches().pair_gram(self.patches())
-        if self._too_large():
-            return self._gram_in_parts()
-        return self.dense().gram()
+            return pair_gram(self, self)
+        return gram_in_parts(self, self) if self.exceeds else self.dense().gram()
 
     def _gram_route(self) -> str:
         default = "pairs" if cost.pairs_beat_rows(self.sizes, self.sizes) else "rows"
         if self.plan is None:
             return default
         candidates = {
-            "pairs": lambda: self.patches().pair_gram(self.patches()),
+            "pairs": lambda: pair_gram(self, self),
             "rows": lambda: self.dense().gram(),
         }
-        return self.plan.choose("gram", self.sizes, default, None if self._too_large() else candidates)
-
-    def _too_large(self) -> bool:
-        sizes = self.sizes
-        elements = sizes.rows * sizes.groups * sizes.d_in * sizes.d_out
-        return self.plan is not None and self.plan.exceeded(elements, self.images)
-
-    def _gram_in_parts(self) -> Tensor:
-        """Gram summed over parts of the channels, so that neither rows nor patches exceed the limit on memory."""
-        sizes, channels = self.sizes, self.weight_shape[1]
-        if self.plan is None or self.groups > 1 or self.weight is None:
-            whole: Tensor = self.patches().row_gram()
-            return whole
-        patches = sizes.n * sizes.positions * sizes.d_in // channels
-        step = max(1, self.plan.elements(self.images) // patches)
-        total: Tensor = self.cotangents.new_zeros(len(self), len(self))
-        for start in range(0, channels, step):
-            images = self.images[:, start : start + step]
-            part = dataclasses.replace(
-                self,
-                images=images,
-                weight_shape=(self.weight_shape[0], images.shape[1], *self.weight_shape[2:]),
-                bias=self.bias if start == 0 else None,
-            )
-            total = total + part.patches().row_gram()
-        return total
+        return self.plan.choose("gram", self.sizes, default, None if self.exceeds else candidates)
 
     def cross_gram(self, other: Factors) -> Array:
-        if isinstance(other, ConvolutionFactors) and cost.pairs_beat_rows(self.sizes, other.sizes):
-            return self.patches().cross_gram(other.patches())
+        self._require_same_block(other)
+        limit = self.gram_limit(unscaled(other)[0])
+        if isinstance(other, ConvolutionFactors) and other.groups == self.groups:
+            default = "pairs" if cost.pairs_beat_rows(self.sizes, other.sizes) else "rows"
+            plan = self.plan_with(other)
+            if (default if plan is None else plan.choose("gram", self.sizes, default)) == "pairs":
+                return pair_gram(self, other)
+            if self.exceeds_with(other):
+                return gram_in_parts(self, other)
+        elif limit is not None and isinstance(other, Scaled):
+            return self.cross_gram(other.base) * other.scale
+        elif limit is not None and isinstance(other, SharedOuter):
+            return blocks(self.unfolded_parts(limit), [other], lambda one, other: one.patches().cross_gram(other))
+        elif self.exceeds:
+            return blocks(self.explicit_parts(limit), [other], lambda one, other: one.dense().cross_gram(other))
         return self.dense().cross_gram(other)
+
+    def of_samples(self, samples: slice) -> ConvolutionFactors:
+        images, cotangents = self.images[samples], self.cotangents[samples]
+        return dataclasses.replace(self, images=images, cotangents=cotangents, samples=None)
+
+    def unfolded_parts(self, limit: int | None) -> list[ConvolutionFactors]:
+        """These rows, or parts of their samples whose patches are within a limit."""
+        sizes = self.sizes
+        return self.in_parts(sizes.positions * sizes.groups * sizes.d_in, limit)
 
     def matvec(self, vector: Vector) -> Array:
         if self.weight is None:
@@ -218,6 +218,12 @@ class ConvolutionFactors(Factors):
             result[self.bias] = weighted.flatten(2).sum(-1).sum(0)
         return result
 
+    def restricted(self, names: Collection[str]) -> Factors:
+        if not self.exceeds:
+            return super().restricted(names)
+        weight, bias = (name if name in names else None for name in (self.weight, self.bias))
+        return dataclasses.replace(self, weight=weight, bias=bias)
+
     def _layout(self) -> KroneckerLayout:
         return KroneckerLayout(self.weight, self.bias, self.weight_shape, self.groups)
 
@@ -236,18 +242,24 @@ class ConvolutionFactors(Factors):
         return inputs, self.cotangents.flatten(3).sum(-1).sum((0, 1)).reshape(self.groups, -1), layout
 
     def kronecker(self, sharing: Sharing = "expand") -> KroneckerPair:
+        parts = self.unfolded_parts(self.limit())
+        if sharing == "expand" and len(parts) > 1 and (self.weight is None or not self._has_lines()):
+            return joint_pair(parts, sharing)
         if sharing == "reduce" or self.weight is None:
             return super().kronecker(sharing)
         cotangents = position_moments(self.cotangents.flatten(0, 1), self.groups)
         return KroneckerPair(self._input_moments(), cotangents, self._layout())
 
+    def _has_lines(self) -> bool:
+        kernel, axis = self._kernel, self._kernel.line_axis
+        return cost.lines_beat_patches(self.sizes, kernel.size[axis], kernel.stride[axis])
+
     def _input_moments(self) -> Array:
         sizes, kernel = self.sizes, self._kernel
-        axis = kernel.line_axis
-        if not cost.lines_beat_patches(sizes, kernel.size[axis], kernel.stride[axis]):
+        if not self._has_lines():
             return self.patches().kronecker_rows().input_moments()
         rows = sizes.n * sizes.positions
-        moments = patch_moments(self.images, kernel, self.groups) / rows
+        moments = patch_moments(self.images, kernel, self.groups, self.limit()) / rows
         if self.bias is None:
             return moments
         total = patch_sums(self.images.sum(0, keepdim=True), kernel)
@@ -255,12 +267,14 @@ class ConvolutionFactors(Factors):
 
     def rotated_squares(self, inputs: Array, cotangents: Array) -> Array:
         if self.weight is None:
-            return self.patches().rotated_squares(inputs, cotangents)
-        sizes = self.sizes
+            parts = self.unfolded_parts(self.limit())
+            return total(part.patches().rotated_squares(inputs, cotangents) for part in parts)
+        sizes, limit = self.sizes, self.limit()
         positions_first = cost.rotates_positions(sizes)
         # Samples whose rows, or whose positions in the basis of the inputs, are made at a time.
-        step = cost.sample_chunk(sizes.positions * inputs[..., 0].numel() if positions_first.inputs else sizes.row_size)
-        total: Array = 0
+        elements = sizes.positions * inputs[..., 0].numel() if positions_first.inputs else sizes.row_size
+        step = cost.sample_chunk(elements if limit is None else cost.rotated_sample(sizes, inputs.shape[2]), limit)
+        squares: Array = 0
         for start in range(0, sizes.n, step):
             images, g = self.images[start : start + step], self.cotangents[start : start + step]
             g = g.reshape(*g.shape[:2], self.groups, sizes.d_out, -1)
@@ -268,13 +282,15 @@ class ConvolutionFactors(Factors):
                 g = cotangents.mT @ g
             then = None if positions_first.cotangents else cotangents
             if positions_first.inputs:
-                total = total + rotated_product_squares(g, self._rotated_inputs(images, inputs), then)
+                rotated = self._rotated_inputs(images, inputs)
+                squares = squares + rotated_product_squares(g, rotated, then)
             else:
                 part = dataclasses.replace(
                     self, images=images, cotangents=g.reshape(len(g), -1, *self.cotangents.shape[2:])
                 )
-                total = total + rotated_row_squares(self._layout().matrix(part.dense().values), inputs, then)
-        return total
+                matrix = self._layout().matrix(part.dense().values)
+                squares = squares + rotated_row_squares(matrix, inputs, then)
+        return squares
 
     def _rotated_inputs(self, images: Tensor, basis: Tensor) -> Tensor:
         """Patches in a basis, shape ``(n, groups, positions, d)``: what its vectors respond with, as filters."""
@@ -327,15 +343,12 @@ class ConvolutionFactors(Factors):
         default = "rows" if pays else "factored"
         if self.plan is None:
             return default
-        return "factored" if self._too_large() else self.plan.choose("keep", sizes, default)
+        return "factored" if self.exceeds else self.plan.choose("keep", sizes, default)
 
     @property
     def route(self) -> str:
         gram = self._gram_route() if self.plan is None or not self.plan.plan.timed else "as timed"
         return f"rows by {self._rows_route()}, Gram over {gram}, keeps {self._keeps()}"
-
-    def planned(self, plan: BlockPlan) -> ConvolutionFactors:
-        return altered(self, plan=plan)
 
     def portable(self) -> SharedOuter:
         return self.patches()

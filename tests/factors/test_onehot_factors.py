@@ -37,7 +37,7 @@ def test_all_gram_routes_of_lookups_agree(library, worth, chunk, monkeypatch):
 @pytest.mark.parametrize("bias", [None, "bias"])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_a_table_tied_to_a_decoder(library, bias, chunk, monkeypatch):
-    monkeypatch.setattr(cost, "chunk", lambda left, right: chunk)
+    monkeypatch.setattr(cost, "chunk", lambda *sizes: chunk)
     lookups = onehot(library)
     rows = matrix(lookups)
     single = OuterProduct(numbers(library, N, 2), numbers(library, N, COLUMNS, 7), bias=bias)

@@ -43,7 +43,7 @@ def test_grams_of_separate_position_sums_are_something_else():
 @pytest.mark.parametrize("kind", ["shared", "shared with bias", "shared, bias alone", "convolution with bias"])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_both_gram_routes_agree(kind, chunk, monkeypatch):
-    monkeypatch.setattr(cost, "chunk", lambda left, right: chunk)
+    monkeypatch.setattr(cost, "chunk", lambda *sizes: chunk)
     factors, other = KINDS[kind]("torch"), KINDS[kind]("torch", seed=5)
     for beat in (True, False):
         monkeypatch.setattr(cost, "pairs_beat_rows", lambda left, right, beat=beat: beat)

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 from corners import CORNERS
+from largest import Largest
 from torch import nn
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import curvlib
 from curvlib import Exact, Gaussian, Momentum, Plan, Sampled, Woodbury
@@ -98,21 +98,6 @@ def test_routes_agree_in_single_precision(name):
         for block, rows in rows_of(name, plan, torch.float32).items():
             expected = rows_of(name, None, torch.float64)[block].gram().float()
             close(rows.compact().gram(), expected, 1e-4)
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that an operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor) and tensor._base is None:
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
 
 
 def step(model, x, y, **composition):
