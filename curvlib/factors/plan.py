@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from curvlib.arrays import Array, Buffers, namespace
 from curvlib.errors import ConfigurationError
@@ -14,7 +15,19 @@ from curvlib.factors.cost import Sizes
 
 __all__ = ["BlockPlan", "Plan", "Route"]
 
-_QUESTIONS = {"rows": ("grouped", "unfold"), "gram": ("pairs", "rows"), "keep": ("factored", "rows")}
+_QUESTIONS = {
+    "rows": ("grouped", "unfold", "forward", "shifted"),
+    "gram": ("pairs", "rows"),
+    "keep": ("factored", "rows"),
+}
+
+
+class Measured(NamedTuple):
+    """What an answer was measured for; see `BlockPlan.choose`."""
+
+    question: str
+    sizes: Sizes
+    what: Hashable
 
 
 @dataclass(frozen=True)
@@ -24,15 +37,16 @@ class Route:
     Parameters
     ----------
     rows
-        How a convolution makes explicit rows: one "grouped" weight gradient with samples as groups, or products of
-        cotangents with the "unfold"-ed input.
+        How a convolution makes explicit rows: one "grouped" weight gradient with samples as groups; products of
+        cotangents with the "unfold"-ed input; a "forward" convolution of the input with the cotangents as kernels; or
+        for each element of the kernel a product of the cotangents with a "shifted" view of the input.
     gram
         Over "pairs" of positions, or from explicit "rows". Rows that are kept explicitly have their Gram from them.
     keep
         What is kept between refreshes: the "factored" form or explicit "rows".
     """
 
-    rows: Literal["grouped", "unfold"] | None = None
+    rows: Literal["grouped", "unfold", "forward", "shifted"] | None = None
     gram: Literal["pairs", "rows"] | None = None
     keep: Literal["factored", "rows"] | None = None
 
@@ -60,8 +74,10 @@ class Plan:
     routes
         Patterns of block names to `Route`; the first that matches wins.
     timed
-        Whether candidates are timed when sizes are first met, instead of asking the cost model. The choice then depends
-        on the machine and the moment, and two runs may differ by rounding.
+        Whether candidates are timed when a layer's sizes are first met, instead of asking the cost model: how a
+        convolution makes rows, and what a Gram goes over. What is kept is never timed, since it depends on how many
+        steps it is kept for. The choice then depends on the machine and the moment, and two runs may differ by
+        rounding.
 
     Attributes
     ----------
@@ -85,8 +101,9 @@ class Plan:
         self.memory_limit = memory_limit
         self.routes = dict(routes or {})
         self.timed = timed
-        self.measured: dict[tuple[str, Sizes], str] = {}
+        self.measured: dict[Measured, str] = {}
         self.buffers = Buffers()
+        self._paused = False
 
     def of(self, block: str) -> BlockPlan:
         """Return the plan of one block."""
@@ -94,6 +111,15 @@ class Plan:
             if fnmatchcase(block, pattern):
                 return BlockPlan(self, route)
         return BlockPlan(self, _FREE)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time nothing inside: what was not measured before is answered by the cost model."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
 
 _FREE = Route()
@@ -107,7 +133,12 @@ class BlockPlan:
     route: Route
 
     def choose(
-        self, question: str, sizes: Sizes, default: str, candidates: Mapping[str, Callable[[], Array]] | None = None
+        self,
+        question: str,
+        sizes: Sizes,
+        default: str,
+        candidates: Mapping[str, Callable[[], Array]] | None = None,
+        what: Callable[[], Hashable] = tuple,
     ) -> str:
         """Answer one question of `Route`.
 
@@ -121,17 +152,28 @@ class BlockPlan:
             What the cost model says.
         candidates
             What to time, where the plan does so: each answer's computation.
+        what
+            Gives all else that times depend on: the kind of Factors, its kernel, dtype, device.
         """
         forced: str | None = getattr(self.route, question)
         if forced is not None:
             return forced
         if not self.plan.timed or not candidates:
             return default
-        key = (question, sizes)
+        key = Measured(question, sizes, what())
         if key not in self.plan.measured:
+            if self.plan._paused:
+                return default
             times = {answer: _seconds(compute) for answer, compute in candidates.items()}
             self.plan.measured[key] = min(times, key=lambda answer: times[answer])
         return self.plan.measured[key]
+
+    def foreseen(self, question: str, sizes: Sizes, default: str, what: Callable[[], Hashable]) -> str:
+        """Say in words what `choose` will answer where there are candidates, without timing them."""
+        forced: str | None = getattr(self.route, question)
+        if forced is not None or not self.plan.timed:
+            return forced or default
+        return self.plan.measured.get(Measured(question, sizes, what()), "a route yet to be timed")
 
     def exceeded(self, elements: int, array: Array) -> bool:
         """Whether so many elements of the dtype of `array` are more than the limit allows."""
