@@ -65,8 +65,8 @@ candidates are timed when sizes are first met; `plan=Plan()` has them counted th
 `curvlib.explain` shows what it costs. No temporary above 64 MiB (in float32) is made where work can be split.
 
 The rows of a convolution have four. Milliseconds for the rows of 32 samples (`benchmarks/suites/layers.py`,
-`ConvolutionRows`: the least of three medians taken in turns, 2 threads of AMD EPYC, torch 2.13.0+cpu, 2026-11-29, beside
-another process), the cost model's choice in bold:
+`ConvolutionRows`: the least of three medians taken in turns, 2 threads of AMD EPYC, torch 2.13.0+cpu, 2026-11-29,
+beside another process), the cost model's choice in bold:
 
 | convolution | grouped | unfold | forward | shifted |
 | --- | ---: | ---: | ---: | ---: |
@@ -82,9 +82,11 @@ another process), the cost model's choice in bold:
 | 16 → 32, 5, 256 | **1.2** | 1.2 | 2.7 | 1.4 |
 | 4 → 8, 3 × 3 × 3, 8 × 8 × 8 | 2.7 | **2.8** | 3.2 | 3.0 |
 
-A forward convolution with the cotangents as kernels comes close to the best, or a little below, with very few channels a
-group; a product for each tap with shifted views is second where grouped rows are first. Neither wins clearly and
-repeatedly on a CPU, so neither is chosen uncalled: `Plan(timed=True)` tries all four, and `Route(rows=…)` forces one.
+A forward convolution with the cotangents as kernels comes close to the best with very few channels a group, and gains
+repeatedly only with one channel along a long axis (the row of length 4096 with 128 samples: 9.5 ms against 12.8; with 32
+it depends on the moment). A product for each tap with shifted views is often second where grouped rows are first.
+Neither is worth a rule on a CPU, so the cost model chooses neither; `Plan(timed=True)` tries all four, and
+`Route(rows=…)` forces one.
 
 **Fused.** `compose(..., fused=True)` hands the gradient to solvers that gain from it as rows, from the second step
 on. With fresh empirical factors the exact natural gradient is `Jᵀw` with `w = (K + λI)⁻¹1/n`, at the price of one

@@ -40,9 +40,9 @@ class Route:
         How a convolution makes explicit rows: one "grouped" weight gradient with samples as groups; products of
         cotangents with the "unfold"-ed input; a "forward" convolution of the input with the cotangents as kernels; or
         for each element of the kernel a product of the cotangents with a "shifted" view of the input.
-        The cost model chooses between the first two. On a CPU the third came close to the best, or up to a third below
-        it, only with one or three channels (1 to 16, kernel of 9, length 4096: 3.0 ms against 3.2), and was twice as
-        slow on others; the fourth took 1.1 to 3 times as long as the best (`docs/performance.md` has the figures).
+        The cost model chooses between the first two. On a CPU the third gained only with one channel along a long axis
+        (1 to 16, kernel of 9, length 4096, 128 samples: 9.5 ms against 12.8), and took two to four times as long as the
+        best with 16 channels or more; the fourth took 1.1 to 3 times as long (`docs/performance.md`).
     gram
         Over "pairs" of positions, or from explicit "rows". Rows that are kept explicitly have their Gram from them.
     keep

@@ -116,7 +116,8 @@ def unfolded_gradients(
         unfolded = windows(x, kernel).permute(order)
         unfolded = unfolded.reshape(len(x) * groups, x.shape[1] // groups * kernel.taps, -1)
         # Of one channel along one axis they are still a view, whose rows overlap: no matrix for a product.
-        return (unfolded.contiguous() if unfolded.stride(1) < unfolded.shape[2] else unfolded).mT
+        overlap = unfolded.stride(1) < unfolded.shape[2] and unfolded.stride(2) < unfolded.shape[1]
+        return (unfolded.contiguous() if overlap else unfolded).mT
 
     def by_group(g: Tensor) -> Tensor:
         return g.reshape(len(g) * groups, d_out, -1)
