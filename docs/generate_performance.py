@@ -83,10 +83,9 @@ beside another process), the cost model's choice in bold:
 | 4 → 8, 3 × 3 × 3, 8 × 8 × 8 | 2.7 | **2.8** | 3.2 | 3.0 |
 
 A forward convolution with the cotangents as kernels comes close to the best with very few channels a group, and gains
-repeatedly only with one channel along a long axis (the row of length 4096 with 128 samples: 9.5 ms against 12.8; with 32
-it depends on the moment). A product for each tap with shifted views is often second where grouped rows are first.
-Neither is worth a rule on a CPU, so the cost model chooses neither; `Plan(timed=True)` tries all four, and
-`Route(rows=…)` forces one.
+repeatedly only with one channel along a long axis (length 4096, 128 samples: 9.5 ms against 12.8; with 32 it depends on
+the moment). A product for each tap with shifted views is often second where grouped rows are first. Neither is worth
+a rule on a CPU, so the cost model chooses neither; `Plan(timed=True)` tries all four, and `Route(rows=…)` forces one.
 
 **Fused.** `compose(..., fused=True)` hands the gradient to solvers that gain from it as rows, from the second step
 on. With fresh empirical factors the exact natural gradient is `Jᵀw` with `w = (K + λI)⁻¹1/n`, at the price of one
