@@ -297,10 +297,12 @@ def test_explain_shows_what_was_measured_and_rows_take_it(layer, monkeypatch):
     modelled = curvlib.explain(model, x).parameters[0].route
     plan = Plan(timed=True)
     optimizer = curvlib.compose(model, fisher=Sampled(), solver=Woodbury(), damping=0.1, lr=0.1, plan=plan)
-    assert "Gram over a route yet to be timed" in curvlib.explain(optimizer, x).parameters[0].route
-    assert not plan.measured  # explaining times nothing
-
     rows = one_layer(layer, x, plan)
+    for route in (curvlib.explain(optimizer, x).parameters[0].route, rows.route):
+        assert "Gram over a route yet to be timed" in route
+        assert ("rows by a route yet to be timed" in route) == isinstance(rows, ConvolutionFactors)
+    assert not plan.measured  # neither times anything
+
     rows.gram(), rows.dense()
     answers = {"rows": ROWS, "gram": ("pairs", "rows")}
     words = {"rows": "rows by", "gram": "Gram over"}
