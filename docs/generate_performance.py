@@ -64,6 +64,29 @@ pass over memory at what it costs against arithmetic. The choice is deterministi
 candidates are timed when sizes are first met; `plan=Plan()` has them counted there too), and
 `curvlib.explain` shows what it costs. No temporary above 64 MiB (in float32) is made where work can be split.
 
+The rows of a convolution have four. Milliseconds for the rows of 32 samples (`benchmarks/suites/layers.py`,
+`ConvolutionRows`: the least of three medians taken in turns, 2 threads of AMD EPYC, torch 2.13.0+cpu, 2026-11-29,
+beside another process), the cost model's choice in bold:
+
+| convolution | grouped | unfold | forward | shifted |
+| --- | ---: | ---: | ---: | ---: |
+| 3 → 32, 3 × 3, 32 × 32 | 16.6 | **2.8** | 3.4 | 5.1 |
+| 16 → 16, 3 × 3, 32 × 32 | **3.0** | 5.4 | 11.1 | 4.3 |
+| 32 → 64, 3 × 3, 16 × 16 | **5.0** | 5.9 | 12.2 | 6.8 |
+| 64 → 128, 3 × 3, 8 × 8 | 6.4 | **6.4** | 13.9 | 8.6 |
+| 32 depthwise, 3 × 3, 16 × 16 | **0.81** | 1.80 | 0.88 | 3.14 |
+| 64 → 64, 1 × 1, 16 × 16 | 2.3 | **1.6** | 6.7 | 1.8 |
+| 16 → 16, 7 × 7, 16 × 16 | **3.2** | 7.2 | 10.3 | 9.1 |
+| 3 → 64, 7 × 7, stride 2, 64 × 64 | 16.4 | **17.0** | 18.2 | 50.3 |
+| 1 → 16, 9, 4096 | 24.9 | **3.2** | 3.0 | 4.7 |
+| 16 → 32, 5, 256 | **1.2** | 1.2 | 2.7 | 1.4 |
+| 4 → 8, 3 × 3 × 3, 8 × 8 × 8 | 2.7 | **2.8** | 3.2 | 3.0 |
+
+A forward convolution with the cotangents as kernels comes close to the best with very few channels a group, and gains
+repeatedly only with one channel along a long axis (length 4096, 128 samples: 9.5 ms against 12.8; with 32 it depends on
+the moment). A product for each tap with shifted views is often second where grouped rows are first. Neither is worth
+a rule on a CPU, so the cost model chooses neither; `Plan(timed=True)` tries all four, and `Route(rows=…)` forces one.
+
 **Fused.** `compose(..., fused=True)` hands the gradient to solvers that gain from it as rows, from the second step
 on. With fresh empirical factors the exact natural gradient is `Jᵀw` with `w = (K + λI)⁻¹1/n`, at the price of one
 weight gradient; the ordinary one, of the same price, is then never made: in every step, or where factors are kept for

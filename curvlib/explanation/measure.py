@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,14 @@ def measure(
     request: Request, blocks: tuple[Block, ...], solvers: Mapping[str, Solver], damping: float
 ) -> dict[str, BlockCost]:
     """Take curvature once, give it to the solvers, and say for each block what that took."""
+    # Candidates timed here would be counted as operations, and their times would be those of the counting.
+    with nullcontext() if request.plan is None else request.plan.paused():
+        return _measured(request, blocks, solvers, damping)
+
+
+def _measured(
+    request: Request, blocks: tuple[Block, ...], solvers: Mapping[str, Solver], damping: float
+) -> dict[str, BlockCost]:
     costs = {block.name: BlockCost() for block in blocks}
     counter = CountFlops()
     watch = Watch(request.model, blocks, counter)

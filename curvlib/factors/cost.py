@@ -143,6 +143,10 @@ def grouped_gradient_pays(sizes: Sizes, channels: int, taps: int) -> bool:
     up to 2.7 times either way). Kernels of one tap need no unfolding; few or odd channels fall off the fast path of a
     weight gradient.
 
+    A forward convolution and shifted views (`Route`) are chosen by timing alone. Of fifty shapes at batches of 32 and
+    128 the first gained repeatedly only with one channel along an axis of thousands, by 1.0 to 1.35 on a quiet machine;
+    shifted views were ahead once, by 1.2.
+
     Parameters
     ----------
     sizes

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from curvlib.arrays import Array, Buffers, namespace
 from curvlib.errors import ConfigurationError
@@ -15,7 +16,19 @@ from curvlib.factors.cost import Sizes
 
 __all__ = ["BlockPlan", "Plan", "Route"]
 
-_QUESTIONS = {"rows": ("grouped", "unfold"), "gram": ("pairs", "rows"), "keep": ("factored", "rows")}
+_QUESTIONS = {
+    "rows": ("grouped", "unfold", "forward", "shifted"),
+    "gram": ("pairs", "rows"),
+    "keep": ("factored", "rows"),
+}
+
+
+class Measured(NamedTuple):
+    """What an answer was measured for; see `BlockPlan.choose`."""
+
+    question: str
+    sizes: Sizes
+    what: Hashable
 
 
 @dataclass(frozen=True)
@@ -25,15 +38,19 @@ class Route:
     Parameters
     ----------
     rows
-        How a convolution makes explicit rows: one "grouped" weight gradient with samples as groups, or products of
-        cotangents with the "unfold"-ed input.
+        How a convolution makes explicit rows: one "grouped" weight gradient with samples as groups; products of
+        cotangents with the "unfold"-ed input; a "forward" convolution of the input with the cotangents as kernels; or
+        for each element of the kernel a product of the cotangents with a "shifted" view of the input.
+        The cost model chooses between the first two. On a CPU the third gained only with one channel along a long axis
+        (1 to 16, kernel of 9, length 4096, 128 samples: 9.5 ms against 12.8), and took two to four times as long as the
+        best with 16 channels or more; the fourth took 1.1 to 3 times as long (`docs/performance.md`).
     gram
         Over "pairs" of positions, or from explicit "rows". Rows that are kept explicitly have their Gram from them.
     keep
         What is kept between refreshes: the "factored" form or explicit "rows".
     """
 
-    rows: Literal["grouped", "unfold"] | None = None
+    rows: Literal["grouped", "unfold", "forward", "shifted"] | None = None
     gram: Literal["pairs", "rows"] | None = None
     keep: Literal["factored", "rows"] | None = None
 
@@ -61,8 +78,10 @@ class Plan:
     routes
         Patterns of block names to `Route`; the first that matches wins.
     timed
-        Whether candidates are timed when sizes are first met, instead of asking the cost model. The choice then depends
-        on the machine and the moment, and two runs may differ by rounding.
+        Whether candidates are timed when a layer's sizes are first met, instead of asking the cost model: how a
+        convolution makes rows, and what a Gram goes over. What is kept is never timed, since it depends on how many
+        steps it is kept for. The choice then depends on the machine and the moment, and two runs may differ by
+        rounding.
 
     Attributes
     ----------
@@ -101,8 +120,9 @@ class Plan:
         self.memory_limit = memory_limit
         self.routes = dict(routes or {})
         self.timed = timed
-        self.measured: dict[tuple[str, Sizes], str] = {}
+        self.measured: dict[Measured, str] = {}
         self.buffers = Buffers()
+        self._paused = False
 
     def of(self, block: str) -> BlockPlan:
         """Return the plan of one block."""
@@ -110,6 +130,15 @@ class Plan:
             if fnmatchcase(block, pattern):
                 return BlockPlan(self, route)
         return BlockPlan(self, _FREE)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time nothing inside: what was not measured before is answered by the cost model."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
 
 _FREE = Route()
@@ -123,7 +152,12 @@ class BlockPlan:
     route: Route
 
     def choose(
-        self, question: str, sizes: Sizes, default: str, candidates: Mapping[str, Callable[[], Array]] | None = None
+        self,
+        question: str,
+        sizes: Sizes,
+        default: str,
+        candidates: Mapping[str, Callable[[], Array]] | None = None,
+        what: Callable[[], Hashable] = tuple,
     ) -> str:
         """Answer one question of `Route`.
 
@@ -137,14 +171,18 @@ class BlockPlan:
             What the cost model says.
         candidates
             What to time, where the plan does so: each answer's computation.
+        what
+            Gives all else that times depend on: the kind of Factors, its kernel, dtype, device.
         """
         forced: str | None = getattr(self.route, question)
         if forced is not None:
             return forced
         if not self.plan.timed or not candidates:
             return default
-        key = (question, sizes)
+        key = Measured(question, sizes, what())
         if key not in self.plan.measured:
+            if self.plan._paused:
+                return default
             times = {answer: _seconds(compute) for answer, compute in candidates.items()}
             self.plan.measured[key] = min(times, key=lambda answer: times[answer])
         return self.plan.measured[key]
@@ -154,6 +192,13 @@ class BlockPlan:
         plan = copy.copy(self.plan)
         plan.buffers = Buffers()
         return BlockPlan(plan, self.route)
+
+    def foreseen(self, question: str, sizes: Sizes, default: str, what: Callable[[], Hashable]) -> str:
+        """Say in words what `choose` will answer where there are candidates, without timing them."""
+        forced: str | None = getattr(self.route, question)
+        if forced is not None or not self.plan.timed:
+            return forced or default
+        return self.plan.measured.get(Measured(question, sizes, what()), "a route yet to be timed")
 
     def limit(self, array: Array) -> int | None:
         """Elements of the dtype of `array` that the limit allows, at least one; None where there is no limit."""

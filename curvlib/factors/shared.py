@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from curvlib.arrays import Array, Vector, contract, namespace
+from curvlib.arrays import Array, Vector, contract, device, namespace
 from curvlib.errors import ConfigurationError
 from curvlib.factors import cost
 from curvlib.factors.base import Factors, Sharing, joint_samples
@@ -104,11 +104,21 @@ class SharedOuter(Planned):
         return self.cotangents
 
     def gram(self) -> Array:
+        return self.pair_gram(self) if self._gram_route() == "pairs" else self.row_gram()
+
+    def _gram_route(self, foreseen: bool = False) -> str:
         default = "pairs" if cost.pairs_beat_rows(self.sizes, self.sizes) else "rows"
-        if self.plan is not None:
-            candidates = {"pairs": lambda: self.pair_gram(self), "rows": self.row_gram}
-            default = self.plan.choose("gram", self.sizes, default, candidates)
-        return self.pair_gram(self) if default == "pairs" else self.row_gram()
+        if self.plan is None:
+            return default
+        if foreseen:
+            return self.plan.foreseen("gram", self.sizes, default, self._what)
+        candidates = {"pairs": lambda: self.pair_gram(self), "rows": self.row_gram}
+        return self.plan.choose("gram", self.sizes, default, candidates, self._what)
+
+    def _what(self) -> Hashable:
+        """What times depend on besides sizes."""
+        g = self.cotangents
+        return SharedOuter, self.weight is None, self.bias is None, g.dtype, str(device(g))
 
     def row_gram(self) -> Array:
         """Gram from explicit rows, of a part of the parameters at a time where there is a limit on memory."""
@@ -318,9 +328,7 @@ class SharedOuter(Planned):
 
     @property
     def route(self) -> str:
-        default = "pairs" if cost.pairs_beat_rows(self.sizes, self.sizes) else "rows"
-        gram = default if self.plan is None else self.plan.choose("gram", self.sizes, default)
-        return f"Gram over {gram}, keeps {self._keeps()}"
+        return f"Gram over {self._gram_route(foreseen=True)}, keeps {self._keeps()}"
 
     def portable(self) -> SharedOuter:
         return self

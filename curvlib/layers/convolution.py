@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -25,11 +25,9 @@ from curvlib.layers.autocorrelation import Kernel, patch_moments, patch_sums, po
 from curvlib.layers.convolution_parts import gram_in_parts, pair_gram, rows_in_parts
 from curvlib.layers.linear import trainable
 from curvlib.layers.registry import register
-from curvlib.layers.sample_gradients import grouped_gradients, unfolded_gradients, weight_gradient
+from curvlib.layers.sample_gradients import CONVOLUTIONS, SAMPLE_GRADIENTS, weight_gradient
 
 __all__ = ["ConvolutionFactors", "convolution"]
-
-_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,32 +113,27 @@ class ConvolutionFactors(Planned):
             if route == "unfold" and len(parts) > 1:
                 return rows_in_parts(parts, self.samples)
             g = [self.cotangents[:, column] for column in range(columns)]
-            rows = self._grouped_rows(g) if route == "grouped" else self._unfolded_rows(g)
+            rows = self._weight_rows(route, g)
             values[self.weight] = rows[0] if columns == 1 else torch.stack(rows, dim=1).flatten(0, 1)
         if self.bias is not None:
             values[self.bias] = self.cotangents.flatten(3).sum(-1).reshape(n * columns, -1)
         return Dense(values, samples=self.samples)
 
-    def _rows_route(self) -> str:
+    def _weight_rows(self, route: str, columns: Sequence[Tensor]) -> list[Tensor]:
+        gradients, chunk = SAMPLE_GRADIENTS[route]
+        step = chunk(self.sizes)
+        return gradients(columns, self.images, self.weight_shape, self._kernel, self.groups, step, self._empty)
+
+    def _rows_route(self, foreseen: bool = False) -> str:
         pays = cost.grouped_gradient_pays(self.sizes, self.weight_shape[1], self._kernel.taps)
         default = "grouped" if pays else "unfold"
         if self.plan is None:
             return default
+        if foreseen:
+            return self.plan.foreseen("rows", self.sizes, default, self._what)
         g = [self.cotangents[:, 0]]
-        candidates = {
-            "grouped": lambda: self._grouped_rows(g)[0],
-            "unfold": lambda: self._unfolded_rows(g)[0],
-        }
-        return self.plan.choose("rows", self.sizes, default, candidates)
-
-    def _grouped_rows(self, columns: Sequence[Tensor]) -> list[Tensor]:
-        return self._by_sample(grouped_gradients, columns, cost.grouped_chunk(self.sizes))
-
-    def _unfolded_rows(self, columns: Sequence[Tensor]) -> list[Tensor]:
-        return self._by_sample(unfolded_gradients, columns, cost.unfold_chunk(self.sizes))
-
-    def _by_sample(self, gradients: Callable[..., list[Tensor]], columns: Sequence[Tensor], step: int) -> list[Tensor]:
-        return gradients(columns, self.images, self.weight_shape, self._kernel, self.groups, step, self._empty)
+        candidates = {route: lambda route=route: self._weight_rows(route, g)[0] for route in SAMPLE_GRADIENTS}
+        return self.plan.choose("rows", self.sizes, default, candidates, self._what)
 
     def _empty(self, like: Tensor, shape: Sequence[int]) -> Tensor:
         """Memory for rows."""
@@ -149,6 +142,11 @@ class ConvolutionFactors(Planned):
     @property
     def _kernel(self) -> Kernel:
         return Kernel(self.weight_shape[2:], self.stride, self.dilation, self.padding)
+
+    def _what(self) -> Hashable:
+        """What times depend on besides sizes."""
+        names, images = (self.weight is None, self.bias is None), self.images
+        return ConvolutionFactors, self._kernel, tuple(images.shape[2:]), *names, images.dtype, str(images.device)
 
     # -- algebra ------------------------------------------------------------------------------------------------------
 
@@ -161,15 +159,17 @@ class ConvolutionFactors(Planned):
             return pair_gram(self, self)
         return gram_in_parts(self, self) if self.exceeds else self.dense().gram()
 
-    def _gram_route(self) -> str:
+    def _gram_route(self, foreseen: bool = False) -> str:
         default = "pairs" if cost.pairs_beat_rows(self.sizes, self.sizes) else "rows"
         if self.plan is None:
             return default
+        if foreseen and not self.exceeds:
+            return self.plan.foreseen("gram", self.sizes, default, self._what)
         candidates = {
             "pairs": lambda: pair_gram(self, self),
             "rows": lambda: self.dense().gram(),
         }
-        return self.plan.choose("gram", self.sizes, default, None if self.exceeds else candidates)
+        return self.plan.choose("gram", self.sizes, default, None if self.exceeds else candidates, self._what)
 
     def cross_gram(self, other: Factors) -> Array:
         self._require_same_block(other)
@@ -206,7 +206,7 @@ class ConvolutionFactors(Planned):
         return (self.cotangents * outputs[:, None]).flatten(2).sum(-1).reshape(-1)
 
     def _convolved(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        convolve = _CONVOLUTIONS[len(self.stride)]
+        convolve = CONVOLUTIONS[len(self.stride)]
         return convolve(images, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def rmatvec(self, weights: Array) -> dict[str, Array]:
@@ -347,8 +347,8 @@ class ConvolutionFactors(Planned):
 
     @property
     def route(self) -> str:
-        gram = self._gram_route() if self.plan is None or not self.plan.plan.timed else "as timed"
-        return f"rows by {self._rows_route()}, Gram over {gram}, keeps {self._keeps()}"
+        rows, gram = self._rows_route(foreseen=True), self._gram_route(foreseen=True)
+        return f"rows by {rows}, Gram over {gram}, keeps {self._keeps()}"
 
     def portable(self) -> SharedOuter:
         return self.patches()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from curvlib.capture import collect
 from curvlib.errors import ConfigurationError
-from curvlib.factors import Factors
+from curvlib.factors import Factors, Plan
 from curvlib.fisher import Empirical
 from curvlib.layers import partition
 from curvlib.testing.comparison import Comparison, ConformanceError, numbers
@@ -53,6 +53,7 @@ def check_adapter(
     coupled: bool = False,
     variants: Sequence[str] | None = None,
     tolerances: Mapping[torch.dtype, float] | None = None,
+    plan: Plan | None = None,
 ) -> AdapterReport:
     """Check that the rows of `module`, by its adapter or the fallback, are its per-sample Jacobian.
 
@@ -83,6 +84,8 @@ def check_adapter(
     tolerances
         Largest error of a dtype, relative to the largest entry of the block's quantity; by default 1e-9, 1e-4 and 1e-1
         for float64, float32 and bfloat16.
+    plan
+        Routes that the rows take, as for `curvlib.collect`; by default those of the cost model.
 
     Returns
     -------
@@ -108,7 +111,7 @@ def check_adapter(
         output_axis = sample_axis if isinstance(sample_axis, int) else 0
     report = AdapterReport()
     for variant in variants_of(module, given, variants):
-        check = _Check(module, given, variant, output, output_axis, coupled, {**TOLERANCES, **(tolerances or {})})
+        check = _Check(module, given, variant, output, output_axis, coupled, {**TOLERANCES, **(tolerances or {})}, plan)
         reason = check.impossible()
         if reason is not None:
             if variant.group == "float64":
@@ -132,11 +135,12 @@ class _Check:
         axis: int,
         coupled: bool,
         tolerances: Mapping[torch.dtype, float],
+        plan: Plan | None,
     ) -> None:
         if variant.batch is not None:
             inputs = inputs.pick([sample % inputs.samples for sample in range(variant.batch)])
         self.module, self.variant, self.output, self.axis, self.coupled = module, variant, output, axis, coupled
-        self.inputs = inputs.to(torch.float64).to(variant.dtype)
+        self.inputs, self.plan = inputs.to(torch.float64).to(variant.dtype), plan
         self.compare = Comparison(type(module).__name__, tolerances[variant.dtype], f"variant {variant.name!r}")
 
     def run(self) -> dict[str, str]:
@@ -222,7 +226,7 @@ class _Check:
         # The check of the first pass is left to one variant: what is compared here says more.
         verify = self.variant.group == "batch 7"
         try:
-            given = collect(model, fisher, *inputs.args, loss=loss, kwargs=inputs.kwargs, verify=verify)
+            given = collect(model, fisher, *inputs.args, loss=loss, kwargs=inputs.kwargs, verify=verify, plan=self.plan)
         except Exception as error:  # whatever a user's adapter raises becomes one readable failure
             raise self.compare.fail("capture", f"raises {type(error).__name__}: {error}") from error
         self.compare.equal("number of hooks left behind", _hooks(model) - hooks, 0)

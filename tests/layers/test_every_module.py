@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import curvlib
+from curvlib.factors import Route
 from curvlib.testing import check_adapter
 
 CLASSES = {
@@ -272,6 +273,25 @@ def test_every_class_with_parameters_is_exact(name, number):
     report = check_adapter(module, *case.inputs(), **case.options)
     assert set(report.skipped) <= set(case.skipped), report.skipped
     assert not any(inner._forward_hooks or inner._forward_pre_hooks for inner in module.modules())
+
+
+PLANS = [
+    curvlib.Plan(routes={"*": Route(rows, gram, keep)})
+    for rows, gram, keep in [
+        ("grouped", "pairs", "factored"),
+        ("unfold", "rows", "rows"),
+        ("forward", "rows", "factored"),
+        ("shifted", "pairs", "rows"),
+    ]
+]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: str(plan.routes["*"]))
+@pytest.mark.parametrize(("name", "number"), [case for case in PARAMETRISED if case[0] in CLASSES])
+def test_every_class_is_exact_by_every_route(name, number, plan):
+    torch.manual_seed(number)
+    case = CASES[name][number]
+    check_adapter(case.build(), *case.inputs(), **{**case.options, "variants": ["float64"]}, plan=plan)
 
 
 def lazy(name):

@@ -8,7 +8,7 @@ from torch import nn
 
 import curvlib
 from curvlib.errors import ConfigurationError
-from curvlib.factors import Dense, Factors, OuterProduct, SharedOuter
+from curvlib.factors import Dense, Factors, OuterProduct, Plan, SharedOuter
 from curvlib.layers import ConvolutionFactors, register, registry
 from curvlib.testing import VARIANTS, ConformanceError, check_adapter, check_factors
 
@@ -82,6 +82,12 @@ def test_a_custom_layer_passes_by_its_own_adapter():
     assert report.adapters == {"module": "scale"}
     assert {"gain frozen", "shift frozen", "applied twice", "mean loss", "bfloat16"} <= set(report.checked)
     assert check_adapter(Scale(4), images(5, 4), variants=["sum"]).checked == ["summed loss"]
+
+
+def test_rows_take_the_routes_of_a_plan():
+    plan = Plan(timed=True)
+    check_adapter(nn.Conv1d(2, 3, 2), images(5, 2, 4), variants=["float64"], plan=plan)
+    assert {key.question for key in plan.measured} == {"rows", "gram"}
 
 
 def test_samples_on_another_axis():
