@@ -1,4 +1,4 @@
-"""Where the time of a step goes, how near its kernels are to the machine's rate, and what inversion costs."""
+"""Where a step's time goes, how near its kernels are to the machine's rate, what inversion and rows' routes cost."""
 
 import torch
 from torch.nn import functional
@@ -8,6 +8,7 @@ from benchmarks.peers.methods import METHODS
 from benchmarks.peers.workloads import problem
 from benchmarks.suites.blocks import DAMPING, factorized, in_turns, linear
 from benchmarks.suites.inversion import Network
+from benchmarks.suites.layers import CONVOLUTIONS, ConvolutionRows
 from curvlib.solvers import Woodbury
 
 ROWS = (32, 64, 128, 256, 512, 1024)
@@ -63,4 +64,19 @@ def inversion(rounds, count=20):
         own, calls, lapack = (1e3 * seconds for seconds in in_turns(*timed, rounds=rounds, seconds=0.5))
         times = {"ms": own, "calls_ms": calls, "lapack_ms": lapack}
         result.append({"n": n, "blocks": count, **times, "ratio": own / lapack, "calls_ratio": calls / lapack})
+    return result
+
+
+def routes(rounds, batch=32):
+    """Milliseconds that the rows of a convolution take by each of their routes, and which one the cost model chooses."""
+    answers, result = ConvolutionRows.params[1], {}
+    for name in CONVOLUTIONS:
+        forms = [ConvolutionRows() for _ in answers]
+        for form, answer in zip(forms, answers, strict=True):
+            form.setup(name, answer, batch, "cpu")
+        free = forms[0].rows.planned(curvlib.Plan().of(""))
+        times = in_turns(*(form.time_rows for form in forms), rounds=rounds)
+        chosen = next(answer for answer in answers if f"rows by {answer}," in free.route)
+        ms = {answer: 1e3 * seconds for answer, seconds in zip(answers, times, strict=True)}
+        result[name] = {**ms, "chosen": chosen}
     return result

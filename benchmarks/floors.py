@@ -1,7 +1,8 @@
 """What the methods cost without the library around them: ``python -m benchmarks.floors --out DIRECTORY``.
 
 Bare steps (`benchmarks.bare`) and whole ones, the same computation, against steps of SGD as `benchmarks.peers` times
-them. Where a bare step takes longer than a target allows, no library that uses these kernels meets it.
+them. Where a bare step takes longer than a target allows, no library that uses these kernels meets it. Beside them the
+operations of a whole step against those of SGD's (`benchmarks.counting`), which no kernel can be without.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.bare import BareStep
+from benchmarks.counting import Operations
 from benchmarks.peers.methods import EMPIRICAL, METHODS, SAMPLED
 from benchmarks.peers.timing import interleaved
 from benchmarks.peers.workloads import WORKLOADS, problem
@@ -45,6 +47,34 @@ def floors(workload, rounds, window=0.08, budget=12.0):
     return result
 
 
+def operations(workload):
+    """Operations of a step of every method over those of SGD's: ``{method: {"products": …, "decompositions": …}}``."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # or decompositions go to threads in which nobody counts
+    try:
+        base = _counted(METHODS["SGD, momentum"], workload).products
+        counts = {name: _counted(METHODS[name], workload) for name in BARE}
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        name: {"products": count.products / base, "decompositions": count.decompositions / base}
+        for name, count in counts.items()
+    }
+
+
+def _counted(method, workload):
+    """Operations of a step, on the average of a period after the first."""
+    step = method.build(*problem(workload))
+    for _ in range(max(2, method.period)):
+        step()
+    count = Operations()
+    with count:
+        for _ in range(method.period):
+            step()
+    count.products, count.decompositions = (total / method.period for total in (count.products, count.decompositions))
+    return count
+
+
 def _bare(workload, fisher, solver, period):
     return BareStep(*problem(workload), fisher, solver, period)
 
@@ -62,10 +92,12 @@ def main():
     parser.add_argument("--provisional", action="store_true", help="mark the figures as those of a busy machine")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results = {"environment": {**circumstances(args.provisional), "rounds": args.rounds}, "workloads": {}}
+    environment = {**circumstances(args.provisional), "rounds": args.rounds}
+    results = {"environment": environment, "workloads": {}, "operations": {}}
     for workload in args.workloads.split(","):
         Console().print(workload)
         results["workloads"][workload] = floors(workload, args.rounds)
+        results["operations"][workload] = operations(workload)
     write(args.out / "floors.json", results)
 
 

@@ -236,6 +236,8 @@ def main():
     results["growth"] = time_entries(args.rounds) + entries
     console.print("roofline")
     results["roofline"] = anatomy.roofline(args.rounds)
+    console.print("routes")
+    results["routes"] = anatomy.routes(args.rounds)
     console.print("anatomy")
     results["anatomy"] = {name: anatomy.split(name, args.rounds) for name in anatomy.WORKLOADS}
     write(args.out / "growth.json", results)

@@ -10,6 +10,7 @@ import sys
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,24 +65,9 @@ pass over memory at what it costs against arithmetic. The choice is deterministi
 candidates are timed when sizes are first met; `plan=Plan()` has them counted there too), and
 `curvlib.explain` shows what it costs. No temporary above 64 MiB (in float32) is made where work can be split.
 
-The rows of a convolution have four. Milliseconds for the rows of 32 samples (`benchmarks/suites/layers.py`,
-`ConvolutionRows`: the least of three medians taken in turns, 2 threads of AMD EPYC, torch 2.13.0+cpu, 2026-11-29,
-beside another process), the cost model's choice in bold:
+The rows of a convolution have four. Milliseconds for the rows of 32 samples, the cost model's choice in bold:
 
-| convolution | grouped | unfold | forward | shifted |
-| --- | ---: | ---: | ---: | ---: |
-| 3 → 32, 3 × 3, 32 × 32 | 16.6 | **2.8** | 3.4 | 5.1 |
-| 16 → 16, 3 × 3, 32 × 32 | **3.0** | 5.4 | 11.1 | 4.3 |
-| 32 → 64, 3 × 3, 16 × 16 | **5.0** | 5.9 | 12.2 | 6.8 |
-| 64 → 128, 3 × 3, 8 × 8 | 6.4 | **6.4** | 13.9 | 8.6 |
-| 32 depthwise, 3 × 3, 16 × 16 | **0.81** | 1.80 | 0.88 | 3.14 |
-| 64 → 64, 1 × 1, 16 × 16 | 2.3 | **1.6** | 6.7 | 1.8 |
-| 16 → 16, 7 × 7, 16 × 16 | **3.2** | 7.2 | 10.3 | 9.1 |
-| 3 → 64, 7 × 7, stride 2, 64 × 64 | 16.4 | **17.0** | 18.2 | 50.3 |
-| 1 → 16, 9, 4096 | 24.9 | **3.2** | 3.0 | 4.7 |
-| 16 → 32, 5, 256 | **1.2** | 1.2 | 2.7 | 1.4 |
-| 4 → 8, 3 × 3 × 3, 8 × 8 × 8 | 2.7 | **2.8** | 3.2 | 3.0 |
-
+{routes}
 A forward convolution with the cotangents as kernels comes close to the best with very few channels a group, and gains
 repeatedly only with one channel along a long axis (length 4096, 128 samples: 9.5 ms against 12.8; with 32 it depends on
 the moment). A product for each tap with shifted views is often second where grouped rows are first. Neither is worth
@@ -161,11 +147,29 @@ slower, the difference is what this machine's figures are worth.
 {floors}
 {floors_where}
 
+Every step also has operations that no kernel can do without. Those of products and convolutions, and after the plus
+those of Cholesky factors, inverses and eigenvectors (`benchmarks/counting.py`), over the products of a step of SGD:
+
+{operations}
+Decompositions run at a fifth to a half of the rate of products, and eigenvectors far below that, so that a sum here is
+a ratio of times only where all goes at SGD's rate.
+
+## Aims
+
+What curvlib set out to reach on two cores, as ratios to SGD: aim, median of {runs} runs of `benchmarks.peers` (lowest
+to highest), bare step. A cell above its aim is bold; there the bare step, or the count of operations above, is beyond
+the aim too, or as near to it as two runs are to each other. Sampled rows, fresh, may take half as long again as the
+first row.
+
+{aims}
+
 ## Growth
 
 Exponents of the power law that fits best, against those of the number of multiply-adds (or of elements held) over the
 same sizes: the theory. Measured exponents are lower where small sizes pay costs that do not grow, and where large
-products run at a better rate than small ones.
+products run at a better rate than small ones. They are higher where memory is counted in arrays but measured in pages
+that the allocator keeps (memory against batch and positions: libraries' workspaces grow with the batch too), and where
+the theory says 0, for what a quantity costs there lies in the caches less and less (a factorisation after wider rows).
 
 {growth}
 ## How near to the machine
@@ -205,6 +209,14 @@ slower.
 """
 
 THRESHOLD, TORCH = 1.3, ("SGD, momentum", "Adam")
+AIMS = {
+    "curvlib TENGraD, empirical": (1.3, 1.8, 1.5, 1.6, 1.5, 1.4),
+    "curvlib TENGraD, empirical, refresh 10": (1.8, 1.8, 1.1, 1.15, 1.15, 1.15),
+    "curvlib TENGraD, sampled": (1.95, 2.7, 2.25, 2.4, 2.25, 2.1),
+    "curvlib KFAC, refresh 10": (3.0, 2.0, 1.15, 1.15, 1.4, 1.15),
+    "curvlib EKFAC, refresh 10": (5.0, 3.0, 1.4, 1.4, 1.8, 1.3),
+}
+"""Of each workload, in the order of the tables."""
 
 
 def load(path: str) -> dict[str, Any]:
@@ -249,6 +261,31 @@ def floors(measured: dict[str, Any]) -> str:
     return table(["method", *workloads], rows)
 
 
+def operations(measured: dict[str, Any]) -> str:
+    """Return the table of counted operations."""
+    counts = measured["operations"]
+    rows = [
+        [method, *(f"{one[method]['products']:.2f} + {one[method]['decompositions']:.2f}" for one in counts.values())]
+        for method in next(iter(counts.values()))
+    ]
+    return table(["method", *counts], rows)
+
+
+def aims(runs: list[dict[str, Any]], least: dict[str, Any]) -> str:
+    """Return the table of aims, with what was measured."""
+    workloads = list(runs[0]["workloads"])
+    rows = []
+    for method, targets in AIMS.items():
+        row = [method]
+        for workload, target in zip(workloads, targets, strict=True):
+            ratios = [run["workloads"][workload][method]["ratio"] for run in runs]
+            middle, bare = median(ratios), least["workloads"][workload][method]["bare"]["ratio"]
+            cell = f"{target:g}: {middle:.2f} ({min(ratios):.2f}–{max(ratios):.2f}), {bare:.2f}"
+            row.append(f"**{cell}**" if round(middle, 2) > target else cell)
+        rows.append(row)
+    return table(["method", *workloads], rows)
+
+
 def slopes(growth: dict[str, Any]) -> str:
     """Return measured exponents and the theory's."""
     rows = []
@@ -260,6 +297,16 @@ def slopes(growth: dict[str, Any]) -> str:
              f"{entry['slope']:.2f}", f"{entry['theory']:.2f}"]
         )  # fmt: skip
     return table(["quantity", "against", "from … to", "measured", "exponent", "theory"], rows)
+
+
+def routes(growth: dict[str, Any]) -> str:
+    """Return the times of the routes to a convolution's rows."""
+    answers = ("grouped", "unfold", "forward", "shifted")
+    rows = [
+        [name, *(f"**{times[one]:.2f}**" if one == times["chosen"] else f"{times[one]:.2f}" for one in answers)]
+        for name, times in growth["routes"].items()
+    ]
+    return table(["convolution", *answers], rows)
 
 
 def roofline(growth: dict[str, Any]) -> str:
@@ -311,6 +358,8 @@ def text() -> str:
     """Return the whole page."""
     peers, growth = own_rows(load("peers/peers.json")), load("growth/growth.json")
     least = load("floors/floors.json")
+    repeats = [load(f"peers/repeats/{path.name}") for path in sorted(RESULTS.glob("peers/repeats/*.json"))]
+    runs = [peers, *repeats]
     machine, past, steps = history()
     return TEXT.format(
         conditions=report.conditions({**peers, "missing": {}, "environment": {**peers["environment"], "packages": {}}}),
@@ -320,8 +369,12 @@ def text() -> str:
         growth_where=where(growth["environment"]),
         floors=floors(least),
         floors_where=where(least["environment"]),
+        operations=operations(least),
+        runs=len(runs),
+        aims=aims(runs, least),
         growth=slopes(growth),
         product=growth["roofline"]["product"],
+        routes=routes(growth),
         roofline=roofline(growth),
         inversion=inversion(growth),
         machine=machine,

@@ -8,6 +8,7 @@ from torch import nn
 
 import curvlib
 from benchmarks import bare, floors
+from benchmarks.counting import Operations
 from benchmarks.peers import workloads
 from benchmarks.peers.methods import METHODS, composed
 from curvlib.solvers import EKFAC, KFAC, Woodbury
@@ -72,6 +73,36 @@ def test_every_method_has_a_floor():
     for kinds in found.values():
         assert kinds.keys() == {"bare", "whole"}
         assert all(one["ratio"] > 0 for one in kinds.values())
+
+
+def counted(model, x):
+    with Operations() as count:
+        model(x).sum().backward()
+    return count.products
+
+
+def test_operations_are_those_of_the_shapes():
+    forward = 2 * 8 * 12 * 5
+    assert counted(torch.nn.Linear(12, 5), torch.randn(8, 12)) == 2 * forward
+    assert counted(torch.nn.Linear(12, 5), torch.randn(8, 12, requires_grad=True)) == 3 * forward
+    convolution = torch.nn.Conv2d(6, 4, 3, groups=2)
+    assert counted(convolution, torch.randn(8, 6, 5, 5, requires_grad=True)) == 3 * 2 * 8 * 4 * 9 * 3 * 9
+    matrix = 3.0 * torch.eye(6)
+    with Operations() as count:
+        factor = torch.linalg.cholesky(matrix)
+        torch.cholesky_inverse(factor)
+        torch.linalg.eigh(torch.stack([matrix, matrix]))
+        torch.linalg.solve_triangular(factor, torch.ones(6, 2), upper=False)
+    assert count.decompositions == pytest.approx((1 / 3 + 2 / 3 + 2 * 9) * 6**3 + 2 * 36)
+    assert count.products == 0
+
+
+def test_operations_of_every_method_are_counted():
+    threads = torch.get_num_threads()
+    found = floors.operations("tiny")
+    assert torch.get_num_threads() == threads
+    assert found.keys() == floors.BARE.keys()
+    assert all(one["products"] > 0.5 and one["decompositions"] > 0 for one in found.values())
 
 
 def test_a_step_that_fails_is_named(monkeypatch):
