@@ -161,6 +161,23 @@ def test_backward_makes_no_weight_gradient_and_leaves_the_model_as_it_was():
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("refresh", [1, 3])
+@pytest.mark.parametrize("solver", [SOLVERS.KFAC(), SOLVERS.EKFAC(), SOLVERS.SKFAC()], ids=lambda s: type(s).__name__)
+def test_kronecker_solvers_take_gradients_as_rows_where_a_batch_is_smaller_than_layers(solver, refresh):
+    """K-FAC of a factored gradient: (G⁻¹ Gᵀ)(A A⁻¹) instead of G⁻¹ (Gᵀ A) A⁻¹, in stale steps as well."""
+    model, xs, ys = problem("perceptron")
+    optimizer = train(
+        model, xs, ys, fisher=FISHERS["sampled"](), solver=solver, damping=0.1, refresh=refresh, fused=True
+    )
+    for _ in range(3):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(xs[0]), ys[0]).backward()
+        # Five samples are fewer than the columns of these layers.
+        assert model[0].weight.grad is None
+        assert model[2].weight.grad is None
+        optimizer.step()
+
+
 def test_between_refreshes_gradients_are_explicit_and_at_a_refresh_they_are_rows():
     model, xs, ys = problem("convolutions")
     optimizer = curvlib.compose(
