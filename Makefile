@@ -50,7 +50,7 @@ bench: $(STAMP)  ## run the asv benchmarks on what is checked out, once each, an
 	$(ASV) run $(ASV_CONFIG) --quick --show-stderr --python=same --launch-method forkserver $(ARGS)
 
 THRESHOLD ?= 1.3
-BENCH     ?= ^inversion\..*time_(factorize|solve|inversion)
+BENCH     ?= ^inversion\.(Linear|Shared|Network)\.time_(factorize|solve|inversion)
 HEAD      ?= HEAD
 
 bench-compare: $(STAMP)  ## compare inversion times with those of commit BASE; fails if one became THRESHOLD times slower
