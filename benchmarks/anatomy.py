@@ -68,7 +68,7 @@ def inversion(rounds, count=20):
 
 
 def routes(rounds, batch=32):
-    """Milliseconds that the rows of a convolution take by each of their routes, and which one the cost model chooses."""
+    """Milliseconds that the rows of a convolution take by each route, and which one the cost model chooses."""
     answers, result = ConvolutionRows.params[1], {}
     for name in CONVOLUTIONS:
         forms = [ConvolutionRows() for _ in answers]

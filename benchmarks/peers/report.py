@@ -95,7 +95,8 @@ def report(results):
 
 def readme_section(results):
     """What stands between the README's markers."""
-    return f"\n{ratios(results)}\n{conditions(results)}\n"
+    parts = [ratios(results), conditions(results) + "\n", *([notes(results)] if notes(results) else [])]
+    return "\n" + "\n".join(parts)
 
 
 def with_section(text, section):
