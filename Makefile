@@ -56,8 +56,7 @@ HEAD      ?= HEAD
 bench-compare: $(STAMP)  ## compare inversion times with those of commit BASE; fails if one became THRESHOLD times slower
 	@test -n '$(BASE)' || { echo 'name a commit: make bench-compare BASE=main~1'; exit 2; }
 	$(ASV) machine --yes $(ASV_CONFIG)
-	$(ASV) continuous $(ASV_CONFIG) --launch-method forkserver --show-stderr --factor $(THRESHOLD) \
-	    --bench '$(BENCH)' $(ARGS) $(BASE) $(HEAD)
+	$(BIN)/python -m benchmarks.compare --factor $(THRESHOLD) --bench '$(BENCH)' --show-stderr $(ARGS) $(BASE) $(HEAD)
 
 bench-peers: $(PEERS)/.installed  ## time the steps of curvlib and its peers (KFAC_PYTORCH=, ASDL=: checkouts of those not on the index)
 	@$(LOCAL_PEERS)
