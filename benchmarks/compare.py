@@ -1,4 +1,4 @@
-"""Two commits by asv: ``python -m benchmarks.compare BASE HEAD --factor 1.3 --bench REGEX [options of asv continuous]``.
+"""Two commits by asv: ``python -m benchmarks.compare BASE HEAD --factor 1.3 --bench REGEX [options of asv's]``.
 
 What `asv continuous` calls slower is measured again, in more processes, and counts if it is slower then too: on a small
 machine a process now and then runs at two thirds of its speed from beginning to end.

@@ -5,10 +5,10 @@ import pytest
 from benchmarks.compare import ROUNDS, compare, slower
 
 TABLE = """
-| Change   | Before [1007c944] <main~9>   | After [40185903] <main>   |   Ratio | Benchmark (Parameter)                  |
-|----------|------------------------------|---------------------------|---------|----------------------------------------|
-| +        | 87.3±2μs                     | 181±20μs                  |    2.07 | inversion.Shared.time_solve('kfac', 3) |
-| -        | 6.62±0.8ms                   | 4.74±0.2ms                |    0.72 | inversion.Linear.time_solve('skfac')   |
+| Change   | Before [1007c944] <main>  | After [40185903] <main>   |   Ratio | Benchmark (Parameter)                  |
+|----------|---------------------------|---------------------------|---------|----------------------------------------|
+| +        | 87.3±2μs                  | 181±20μs                  |    2.07 | inversion.Shared.time_solve('kfac', 3) |
+| -        | 6.62±0.8ms                | 4.74±0.2ms                |    0.72 | inversion.Linear.time_solve('skfac')   |
 """
 NAME = "inversion.Shared.time_solve('kfac', 3)"
 
