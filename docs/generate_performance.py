@@ -209,7 +209,7 @@ network.)
 
 `make bench` runs every suite once on the commit at hand and prints the tables. `make bench-compare BASE=v0.1` runs
 the inversion suites on two commits, in environments of their own, and fails if one became more than {threshold} times
-slower.
+slower, and did so again when it was measured once more.
 """
 
 THRESHOLD, TORCH = 1.3, ("SGD, momentum", "Adam")
