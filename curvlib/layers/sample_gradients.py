@@ -82,19 +82,17 @@ def grouped_gradients(
         For each column ``(n, *shape)``.
     """
 
-    def some(g: Tensor, x: Tensor) -> Tensor:
-        n, d_out = g.shape[:2]
-        merged = g.reshape(1, n * d_out, *g.shape[2:]), x.reshape(1, -1, *x.shape[2:])
-        return weight_gradient(*merged, (n * d_out, *shape[1:]), kernel, n * groups).reshape(n, *shape)
+    def some(columns: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+        n, d_out = columns[0].shape[:2]
+        merged, whole = x.reshape(1, -1, *x.shape[2:]), (n * d_out, *shape[1:])
+        return [
+            weight_gradient(g.reshape(1, n * d_out, *g.shape[2:]), merged, whole, kernel, n * groups).reshape(n, *shape)
+            for g in columns
+        ]
 
-    n = len(images)
-    if step >= n or images.device.type != "cpu":
-        return [some(g, images) for g in columns]
-    result = [empty(g, (n, *shape)) for g in columns]
-    for start in range(0, n, step):
-        for whole, g in zip(result, columns, strict=True):
-            whole[start : start + step] = some(g[start : start + step], images[start : start + step])
-    return result
+    if step >= len(images) or images.device.type != "cpu":
+        return some(columns, images)  # laid out as rows are, which need no copy
+    return _by_parts(some, columns, images, shape, step, empty)
 
 
 def unfolded_gradients(

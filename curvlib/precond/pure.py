@@ -39,7 +39,7 @@ class PureStep:
     loss
         ``loss(outputs, *targets)``, the mean over samples.
     solver
-        For all blocks; any but `KIS`, which draws its rows in Python, becomes part of a compiled graph.
+        For all blocks; any but `Switch`, and `KIS`, which draws its rows in Python, becomes part of a compiled graph.
     damping
         λ > 0.
     lr
